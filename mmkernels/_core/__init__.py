@@ -1,0 +1,1 @@
+"""Registration and dispatch, shared by every operation."""

@@ -1,0 +1,101 @@
+"""Every operation's schema, in one table, and its registration with torch.
+
+One op a logical operation; the backend is chosen inside of it. So one fake implementation and one
+opcheck serve all backends and `torch.compile` sees no graph break. Autograd lives outside, in a
+`torch.autograd.Function`, because that costs a third of what an op with autograd of its own does.
+
+Shapes: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), start and end (1 or B, Sq) int32,
+row_start and row_end (1 or B, Sk) int32, bias broadcastable to (B, Hq, Sq, Sk), alibi_slopes (Hq,) or
+(B, Hq), sinks (Hq,), seed (1,) int64, out (B, Sq, Hq, Dv), lse (B, Hq, Sq). Absent results have no
+elements, since a schema cannot say "Tensor or None".
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._core import registry
+
+_MASK = "Tensor? start, Tensor? end"
+_SCORES = "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
+_NUMBERS = "float softmax_scale, float softcap, float dropout_p"
+
+SCHEMAS = {
+    "attention_forward": (
+        f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_SCORES}, {_NUMBERS}, str backend)"
+        " -> (Tensor out, Tensor lse)"
+    ),
+    "attention_backward": (
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        f" {_MASK}, Tensor? row_start, Tensor? row_end, {_SCORES}, {_NUMBERS},"
+        " bool bias_grad, bool deterministic, str backend)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+    ),
+    "attention_decode": (
+        "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
+        " Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, float softcap,"
+        " int window_left, int window_right, str backend) -> (Tensor out, Tensor lse)"
+    ),
+}
+
+_library = torch.library.Library("mmkernels", "DEF")
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _attention_forward_fake(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype(q.dtype))
+    return out, lse
+
+
+def _attention_backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    start: Tensor | None, end: Tensor | None, row_start: Tensor | None, row_end: Tensor | None,
+    bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, seed: Tensor | None,
+    softmax_scale: float, softcap: float, dropout_p: float, bias_grad: bool, *_: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dbias = bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0)
+    dsinks = sinks.new_empty(sinks.shape) if sinks is not None else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
+
+
+def _attention_decode_fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    return _attention_forward_fake(q, k_cache, v_cache)
+
+
+_FAKES = {
+    "attention_forward": _attention_forward_fake,
+    "attention_backward": _attention_backward_fake,
+    "attention_decode": _attention_decode_fake,
+}
+
+
+def _implementation(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*inputs: Any) -> tuple[Tensor, ...]:
+        *arguments, backend = inputs
+        run_backend = registry.select(op, backend, arguments)
+        device = arguments[2].device.type  # k or q, a tensor in every schema
+        if not torch.is_autocast_enabled(device):
+            return run_backend(*arguments)
+        with torch.autocast(device, enabled=False):  # or it would cast the float32 inside
+            return run_backend(*arguments)
+
+    return run
+
+
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema)
+    _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mmkernels::{_op}", _FAKES[_op], lib=_library)
+
+attention_forward = torch.ops.mmkernels.attention_forward.default
+attention_backward = torch.ops.mmkernels.attention_backward.default
+attention_decode = torch.ops.mmkernels.attention_decode.default

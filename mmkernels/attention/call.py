@@ -1,0 +1,220 @@
+"""From the public functions' arguments to the forward op's inputs, and from there to a result."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmkernels._core import ops, registry
+from mmkernels._core.registry import Explanation
+from mmkernels.attention import checks, masks, reference
+from mmkernels.attention.autograd import Attention
+from mmkernels.attention.dropout import draw_seed
+from mmkernels.attention.interval import IntervalMask
+
+
+class Call(NamedTuple):
+    """A checked call.
+
+    Attributes:
+        inputs: the forward op's inputs less `backend`.
+        mask: the interval mask that start and end came from, if any.
+        deterministic: for the backward pass.
+        backend: the one asked for, or "auto".
+    """
+
+    inputs: tuple
+    mask: IntervalMask | None
+    deterministic: bool
+    backend: str
+
+
+def dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    deterministic: bool = True,
+    backend: str = "auto",
+    where: str = "attention",
+) -> Call:
+    """Checks the arguments of `mmkernels.attention`; `where` is the name in error messages."""
+    backend = registry.requested(backend)
+    q, k, v, bias = checks.autocast(q, k, v, bias)
+    checks.check_qkv(where, q, k, v)
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    interval = shown = seed = None
+    if mask is not None or causal or window_size != (-1, -1):
+        interval, shown = checks.merged_mask(where, mask, causal, window_size, shape, q.device)
+    if bias is not None:
+        bias = checks.check_bias(where, bias, shape, q.device)
+    if shown is not None:
+        bias = shown if bias is None else bias.masked_fill(~shown, -torch.inf)
+    if alibi_slopes is not None:
+        alibi_slopes = checks.check_alibi(where, alibi_slopes, q)
+    if sinks is not None:
+        sinks = checks.check_per_head(where, "sinks", sinks, q, batched=False)
+    if softmax_scale is None:
+        softmax_scale = q.shape[3] ** -0.5
+    numbers = checks.check_numbers(where, softmax_scale, softcap, dropout_p)
+    if numbers[2] > 0.0:
+        seed = draw_seed(q.device, generator)
+    start, end = (None, None) if interval is None else (interval.start, interval.end)
+    inputs = (q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers)
+    return Call(inputs, interval, deterministic, backend)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    mask: IntervalMask | Tensor | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    *rest: Any,
+    **keywords: Any,
+) -> Call:
+    """Checks the arguments of `mmkernels.attention_varlen`: one batch element, packed."""
+    where = "attention_varlen"
+    checks.check_packed(where, q, k, v)
+    packing = masks.packed(
+        cu_seqlens_q, cu_seqlens_k, causal=causal, window_size=window_size,
+        total_q=q.shape[0], total_k=k.shape[0], where=where,
+    )  # fmt: skip
+    checks.check_max_seqlen(where, "max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    checks.check_max_seqlen(where, "max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    if packing.device != q.device:
+        raise ValueError(
+            f"{where}: cu_seqlens_q is on {packing.device} and q on {q.device}; move it there"
+        )
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = mask & packing.to_dense()
+    elif isinstance(mask, IntervalMask):
+        checks.check_interval(where, mask, 1, q.shape[0], k.shape[0], q.device)
+        mask = mask & packing
+    elif mask is None:
+        mask = packing
+    if alibi_slopes is not None and cu_seqlens_q is not cu_seqlens_k:
+        # The kernels count distances from one diagonal; sequences of unlike lengths have several.
+        slopes = checks.check_alibi(where, alibi_slopes, q[None])
+        position, _, _ = masks.packed_rows(cu_seqlens_q, cu_seqlens_k, q.shape[0])
+        keys = torch.arange(k.shape[0], device=q.device)
+        alibi = torch.atleast_2d(slopes)[..., None, None] * -(position[:, None] - keys).abs()
+        bias, alibi_slopes = alibi if bias is None else bias + alibi, None
+    return dense(
+        q[None], k[None], v[None], mask, False, (-1, -1), softmax_scale, softcap, bias, alibi_slopes,
+        *rest, where=where, **keywords,
+    )  # fmt: skip
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Call:
+    """Checks the arguments of `mmkernels.scaled_dot_product_attention`."""
+    where = "scaled_dot_product_attention"
+    query, key, value, attn_mask = checks.check_sdpa(
+        where, query, key, value, attn_mask, is_causal, enable_gqa
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    mask = bias = None
+    if attn_mask is not None:
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    elif is_causal:
+        mask = masks.top_left(q.shape[1], k.shape[1], device=q.device)
+    return dense(
+        q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, softmax_scale=scale, where=where
+    )
+
+
+def run(call: Call) -> tuple[Tensor, Tensor]:
+    """out and lse, with gradients where they are wanted."""
+    q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers = call.inputs
+    if not _needs_grad(call):
+        return ops.attention_forward(*call.inputs, call.backend)
+    if call.backend == "reference" and not torch.compiler.is_compiling():
+        return reference.differentiable(*call.inputs)
+    if call.backend != "auto":  # better now than in the middle of the backward pass
+        registry.select("attention_backward", call.backend, _backward_inputs(call))
+    row_start = row_end = None
+    if call.mask is not None and q.device.type != "cpu":  # the CPU backends go by rows alone
+        row_start, row_end = call.mask.key_rows(k.shape[1])
+    return Attention.apply(
+        q, k, v, start, end, row_start, row_end, bias, alibi_slopes, sinks, seed,
+        *numbers, call.deterministic, call.backend,
+    )  # fmt: skip
+
+
+def explain(call: Call) -> Explanation:
+    """Which backends would run a call, forward and, where gradients are wanted, backward."""
+    backward = None
+    if _needs_grad(call):
+        backward = registry.explain_op("attention_backward", call.backend, _backward_inputs(call))
+    return registry.explain_op("attention_forward", call.backend, call.inputs, backward)
+
+
+def _needs_grad(call: Call) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    q, k, v, _, _, bias, _, sinks = call.inputs[:8]
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    )
+
+
+def _backward_inputs(call: Call) -> tuple:
+    """What a backend's why_not reads before there is any result: None for dout, dlse, out and lse."""
+    q, k, v, start, end, bias, *rest = call.inputs
+    bias_grad = bias is not None and bias.requires_grad
+    return (
+        None, None, q, k, v, None, None, start, end, None, None, bias, *rest,
+        bias_grad, call.deterministic,
+    )  # fmt: skip
+
+
+def sdpa_layout(out: Tensor, query: Tensor, value: Tensor) -> Tensor:
+    """out (B, Sq, Hq, Dv) as (..., Hq, Sq, Dv)."""
+    out = out.transpose(1, 2)
+    return out if query.ndim == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def explain_dense(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:
+    """`explain` for `mmkernels.attention`."""
+    return explain(dense(*args, **kwargs))
+
+
+def explain_varlen(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:
+    """`explain` for `mmkernels.attention_varlen`."""
+    return explain(varlen(*args, **kwargs))
+
+
+def explain_sdpa(*args: Any, **kwargs: Any) -> Explanation:
+    """`explain` for `mmkernels.scaled_dot_product_attention`."""
+    return explain(sdpa(*args, **kwargs))

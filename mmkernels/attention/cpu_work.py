@@ -1,0 +1,158 @@
+"""What one call of the cpu backend has to compute: blocks of rows, and what is added to their scores."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mmkernels._core.ops import lse_dtype
+from mmkernels.attention import cpu_flash, reference
+from mmkernels.attention.plan import Block, Piece, plan
+
+
+class Work:
+    """The pieces of a call and how to run one.
+
+    Attributes:
+        blocks: (batch elements, block) pairs; rows in no block see no key.
+        whole: one block holds all rows of all batch elements.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        start: Tensor | None,
+        end: Tensor | None,
+        bias: Tensor | None,
+        alibi_slopes: Tensor | None,
+        softmax_scale: float,
+    ) -> None:
+        self.dtype = lse_dtype(q.dtype)
+        self.softmax_scale = softmax_scale
+        self.diagonal = k.shape[1] - q.shape[1]
+        self.bias = bias
+        self.slopes = None if alibi_slopes is None else torch.atleast_2d(alibi_slopes)
+        self.bias_hides = bias is not None and (
+            bias.dtype == torch.bool or bool(torch.isneginf(bias).any())
+        )
+        hides = self.bias_hides or (start is not None and q.shape[1] > 1)
+        # The kernel lets 0 * NaN through, so NaN or Inf that a row may not see takes another way.
+        self.careful = hides and not (_all_finite(k) and _all_finite(v))
+        self.blocks = list(self._cut(q, k, start, end)) if q.numel() and v.numel() else []
+        self.whole = len(self.blocks) == 1 and self.blocks[0][1].rows == slice(0, q.shape[1])
+        self._last_mask: tuple[tuple, Tensor] | None = None
+
+    def _cut(
+        self, q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None
+    ) -> Iterator[tuple[slice, Block]]:
+        if start is None or end is None:
+            start = torch.zeros((1, q.shape[1]), dtype=torch.int32)
+            end = torch.full_like(start, k.shape[1])
+        tiled = self.careful or self.bias is not None or self.slopes is not None
+        together = q.shape[2] == k.shape[2] and start.shape[0] == 1
+        for first in range(1 if together else q.shape[0]):
+            batch = slice(0, q.shape[0]) if together else slice(first, first + 1)
+            row = 0 if start.shape[0] == 1 else first
+            for block in plan(start[row], end[row], tiled):
+                yield batch, block
+
+    def forward(
+        self, batch: slice, block: Block, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """out (b, rows, Hq, D) and lse (b, Hq, rows) of a block, merged over its pieces."""
+        q = q[batch, block.rows]
+        results = []
+        for piece in block.pieces:
+            added = self._added(batch, block, piece)
+            keys, values = k[batch, piece.keys], v[batch, piece.keys]
+            results.append(self._forward_piece(piece, added, q, keys, values))
+        return results[0] if len(results) == 1 else _merged(results)
+
+    def backward(
+        self,
+        batch: slice,
+        block: Block,
+        piece: Piece,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A piece's share of dq (b, rows, Hq, D), dk and dv (b, keys, Hkv, D)."""
+        added = self._added(batch, block, piece)
+        dout, q, out = (x[batch, block.rows] for x in (dout, q, out))
+        k, v = k[batch, piece.keys], v[batch, piece.keys]
+        lse = lse[batch, :, block.rows]
+        scale = self.softmax_scale
+        if self.careful:
+            return reference.backward(
+                dout, None, q, k, v, out, lse, None, None, None, None, added, None, None, None,
+                scale, 0.0, 0.0, False, True,
+            )[:3]  # fmt: skip
+        return cpu_flash.backward(dout, q, k, v, out, lse, piece.causal, added, scale)
+
+    def _forward_piece(
+        self, piece: Piece, added: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scale = self.softmax_scale
+        if self.careful:
+            return reference.forward(
+                q, k, v, None, None, added, None, None, None, scale, 0.0, 0.0
+            )
+        if not self.bias_hides or added is None:
+            return cpu_flash.forward(q, k, v, piece.causal, added, scale)
+        unseeing = added.amax(-1) == -torch.inf  # (1 or b, 1 or Hq, rows): sees no key here
+        added = added.masked_fill(unseeing[..., None], 0.0)
+        out, lse = cpu_flash.forward(q, k, v, piece.causal, added, scale)
+        out = out.masked_fill(unseeing.transpose(1, 2)[..., None], 0.0)
+        return out, lse.masked_fill(unseeing, -torch.inf)
+
+    def _added(self, batch: slice, block: Block, piece: Piece) -> Tensor | None:
+        """(1 or b, 1 or Hq, rows, keys) to add to a piece's scores, -inf where hidden, or None."""
+        added = None
+        if self.bias is not None:
+            wanted = (batch, slice(None), block.rows, piece.keys)
+            sizes = self.bias.shape
+            cut = tuple(slice(None) if n == 1 else s for s, n in zip(wanted, sizes, strict=True))
+            added = self.bias[cut].expand(-1, -1, *piece.shape(block))
+            if added.dtype == torch.bool:
+                shown, added = added, added.new_zeros((), dtype=self.dtype)
+                added = torch.where(shown, added, -torch.inf)
+            added = added.to(self.dtype)
+        if self.slopes is not None:
+            slopes = self.slopes[batch] if self.slopes.shape[0] > 1 else self.slopes
+            row = torch.arange(block.r0, block.r1)[:, None] + self.diagonal
+            distance = (row - torch.arange(piece.k0, piece.k1)).abs().to(self.dtype)
+            alibi = -slopes.to(self.dtype)[..., None, None] * distance
+            added = alibi if added is None else added + alibi
+        if piece.bounds is None:
+            return added
+        if added is not None:
+            return added.masked_fill(piece.hidden(), -torch.inf)
+        # The tiles of a window differ in their place alone, so the last mask often serves again.
+        key = (piece.k1 - piece.k0, *(bound.tobytes() for bound in piece.bounds))
+        if self._last_mask is None or self._last_mask[0] != key:
+            mask = torch.zeros(piece.shape(block), dtype=self.dtype)
+            self._last_mask = (key, mask.masked_fill_(piece.hidden(), -torch.inf)[None, None])
+        return self._last_mask[1]
+
+
+def _all_finite(x: Tensor) -> bool:
+    """One pass over x; a finite x whose sum overflows only takes the slower way."""
+    return bool(x.sum(dtype=lse_dtype(x.dtype)).isfinite())
+
+
+def _merged(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint keys, from the out and lse over each part."""
+    lses = torch.stack([lse for _, lse in results])
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0)).transpose(2, 3)[..., None]
+    first = results[0][0]
+    out = first * weights[0]
+    for (part, _), weight in zip(results[1:], weights[1:], strict=True):
+        out.addcmul_(part.to(out.dtype), weight)
+    return out.to(first.dtype), lse

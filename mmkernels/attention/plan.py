@@ -1,0 +1,154 @@
+"""Cuts an interval mask into rectangles that torch's CPU flash kernel can run.
+
+A block of rows is served by pieces, each a run of keys: seen by all its rows ("full"), along a diagonal
+("causal", top-left), or through a small mask. Long runs of rows with equal bounds, or with a constant
+start and an end that grows by one, become a block of one or two pieces; the rest goes in tiles of at
+most `TILE_ROWS` rows. In every piece every row sees at least one key, since that kernel returns garbage
+for a row that sees none.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE_ROWS = 128
+TILE_KEYS = 1024  # a mask is never larger than TILE_ROWS x TILE_KEYS
+LONG_RUN = 64  # rows; below this a run is not worth a kernel call of its own
+
+
+class Piece(NamedTuple):
+    """Keys [k0, k1) of a block; `bounds` (start, end - k0 per row) where a mask is needed."""
+
+    k0: int
+    k1: int
+    causal: bool = False
+    bounds: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def keys(self) -> slice:
+        """Its keys."""
+        return slice(self.k0, self.k1)
+
+    def shape(self, block: "Block") -> tuple[int, int]:
+        """(rows, keys)."""
+        return block.r1 - block.r0, self.k1 - self.k0
+
+    def hidden(self) -> Tensor:
+        """(rows, keys) bool, True where a row must not see a key."""
+        assert self.bounds is not None
+        start, end = (torch.from_numpy(bound)[:, None] for bound in self.bounds)
+        keys = torch.arange(self.k1 - self.k0)
+        return (keys < start) | (keys >= end)
+
+
+class Block(NamedTuple):
+    """Rows [r0, r1) and the pieces that serve them."""
+
+    r0: int
+    r1: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rows(self) -> slice:
+        """Its rows."""
+        return slice(self.r0, self.r1)
+
+
+def plan(start: Tensor, end: Tensor, tiled: bool) -> tuple[Block, ...]:
+    """The blocks for bounds (Sq,) int32; rows without a key are in none.
+
+    Args:
+        start: first key of each row, on the CPU.
+        end: one past the last key of each row.
+        tiled: no causal pieces and no block above TILE_ROWS rows, for work that is materialised.
+    """
+    if start.shape[0] == 1:
+        k0, k1 = int(start), int(end)
+        return (Block(0, 1, (Piece(k0, k1),)),) if k1 > k0 else ()
+    return _plan(start.numpy().tobytes(), end.numpy().tobytes(), tiled)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(start_bytes: bytes, end_bytes: bytes, tiled: bool) -> tuple[Block, ...]:
+    start, end = np.frombuffer(start_bytes, np.int32), np.frombuffer(end_bytes, np.int32)
+    blocks: list[Block] = []
+    row = 0
+    for r0, r1 in [] if tiled else _long_runs(start, end):
+        blocks += _tiles(start, end, row, r0)
+        blocks += _run(start, end, r0, r1)
+        row = r1
+    return (*blocks, *_tiles(start, end, row, len(start)))
+
+
+def _long_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
+    """Disjoint runs of at least LONG_RUN rows with a constant start, and an end that is constant or
+    grows by one a row; greedy from the first row."""
+    rows = np.arange(len(start))
+    run_end = np.zeros(len(start), np.int64)
+    for slope in (0, 1):
+        breaks = np.flatnonzero((np.diff(start) != 0) | (np.diff(end) != slope)) + 1
+        breaks = np.append(breaks, len(start))
+        np.maximum(run_end, breaks[np.searchsorted(breaks, rows, side="right")], out=run_end)
+    candidates = np.flatnonzero(run_end - rows >= LONG_RUN)
+    runs, row = [], 0
+    while (index := np.searchsorted(candidates, row)) < len(candidates):
+        r0 = int(candidates[index])
+        row = int(run_end[r0])
+        runs.append((r0, row))
+    return runs
+
+
+def _run(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
+    k0, first, last = int(start[r0]), int(end[r0]), int(end[r1 - 1])
+    if k0 >= last:
+        return []
+    if first == last:
+        return [Block(r0, r1, (Piece(k0, last),))]
+    if first == k0:  # the first row of a diagonal run sees nothing
+        return _run(start, end, r0 + 1, r1)
+    diagonal = Piece(first - 1, last, causal=True)
+    return [Block(r0, r1, (Piece(k0, first - 1), diagonal) if first - 1 > k0 else (diagonal,))]
+
+
+def _tiles(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
+    """Tiles of at most TILE_ROWS rows, none with an empty row."""
+    empty = np.flatnonzero(start[r0:r1] >= end[r0:r1]) + r0
+    edges = [r0 - 1, *empty.tolist(), r1]
+    return [
+        block
+        for above, below in zip(edges, edges[1:], strict=False)
+        for a in range(above + 1, below, TILE_ROWS)
+        for block in _tile(start, end, a, min(a + TILE_ROWS, below))
+    ]
+
+
+def _tile(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
+    """One tile, or its halves where it would need too large a mask."""
+    rows = slice(r0, r1)
+    lo, inner_lo = int(start[rows].min()), int(start[rows].max())
+    inner_hi, hi = int(end[rows].min()), int(end[rows].max())
+
+    def masked(k0: int, k1: int) -> Piece:
+        bounds = (start[rows] - k0, end[rows] - k0)
+        return Piece(k0, k1, bounds=bounds)
+
+    if lo == inner_lo and hi == inner_hi:
+        return [Block(r0, r1, (Piece(lo, hi),))]
+    if inner_hi - inner_lo > TILE_KEYS // 2:
+        # The ragged ends each keep one key that all rows see, so no row of theirs is without a key.
+        a = inner_lo + 1 if lo < inner_lo else lo
+        b = inner_hi - 1 if inner_hi < hi else hi
+        pieces = [Piece(a, b)]
+        if a > lo:
+            pieces.append(masked(lo, a))
+        if b < hi:
+            pieces.append(masked(b, hi))
+        if max(a - lo, hi - b) <= TILE_KEYS:
+            return [Block(r0, r1, tuple(pieces))]
+    elif hi - lo <= TILE_KEYS:
+        return [Block(r0, r1, (masked(lo, hi),))]
+    middle = (r0 + r1) // 2
+    return [*_tile(start, end, r0, middle), *_tile(start, end, middle, r1)]
