@@ -5,9 +5,9 @@ opcheck serve all backends and `torch.compile` sees no graph break. Autograd liv
 `torch.autograd.Function`, because that costs a third of what an op with autograd of its own does.
 
 Shapes: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), start and end (1 or B, Sq) int32,
-row_start and row_end (1 or B, Sk) int32, bias broadcastable to (B, Hq, Sq, Sk), alibi_slopes (Hq,) or
-(B, Hq), sinks (Hq,), seed (1,) int64, out (B, Sq, Hq, Dv), lse (B, Hq, Sq). Absent results have no
-elements, since a schema cannot say "Tensor or None".
+row_start and row_end (1 or B, Sk) int32, bias broadcastable to (B, Hq, Sq, Sk), alibi_slopes (Hq,)
+or (B, Hq), sinks (Hq,), seed (1,) int64, out (B, Sq, Hq, Dv), lse (B, Hq, Sq). Absent results have
+no elements, since a schema cannot say "Tensor or None".
 """
 
 from collections.abc import Callable
@@ -91,10 +91,29 @@ def _implementation(op: str) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
+def _vmap_rule(op: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
+    """One call per element: right for every argument, slower than folding into the batch."""
+
+    def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        run = getattr(torch.ops.mmkernels, op).default
+        results = []
+        for index in range(info.batch_size):
+            element = (
+                x if dim is None else x.select(dim, index)
+                for x, dim in zip(inputs, in_dims, strict=True)
+            )
+            results.append(run(*element))
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
 for _op, _schema in SCHEMAS.items():
     _library.define(_op + _schema)
     _library.impl(_op, _implementation(_op), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmkernels::{_op}", _FAKES[_op], lib=_library)
+    torch.library.register_vmap(f"mmkernels::{_op}", _vmap_rule(_op), lib=_library)
 
 attention_forward = torch.ops.mmkernels.attention_forward.default
 attention_backward = torch.ops.mmkernels.attention_backward.default

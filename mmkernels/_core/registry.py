@@ -1,10 +1,10 @@
 """Which backend runs an operation.
 
 A backend of an operation is a plain function with the operation's arguments (all but the trailing
-`backend`) beside `why_not`, which takes the same arguments and returns None if the backend can serve
-them, else the reason. A choice by name comes from the `backend=` argument, else `use_backend`, else
-the environment variable MMKERNELS_BACKEND (read at import); otherwise "auto" takes the first backend
-in order of preference that does not decline.
+`backend`) beside `why_not`, which takes the same arguments and returns None if the backend can
+serve them, else the reason. A choice by name comes from the `backend=` argument, else
+`use_backend`, else the environment variable MMKERNELS_BACKEND (read at import); otherwise "auto"
+takes the first backend in order of preference that does not decline.
 """
 
 import os
@@ -31,7 +31,9 @@ _planners: dict[Callable[..., Any], Callable[..., "Explanation"]] = {}
 _default = os.environ.get("MMKERNELS_BACKEND", "auto")
 
 
-def register(op: str, name: str, fn: Callable[..., Any], why_not: Callable[..., str | None]) -> None:
+def register(
+    op: str, name: str, fn: Callable[..., Any], why_not: Callable[..., str | None]
+) -> None:
     """Adds backend `name` to operation `op`; called once, at the end of a backend's file."""
     others = [backend for backend in _table.get(op, ()) if backend.name != name]
     ordered = sorted([*others, Backend(name, fn, why_not)], key=lambda b: PREFERENCE.index(b.name))
@@ -52,7 +54,9 @@ def requested(backend: str) -> str:
     """The backend a call asks for: its argument, else `use_backend` or MMKERNELS_BACKEND."""
     name = _default if backend == "auto" else backend
     if name != "auto" and name not in PREFERENCE:
-        raise ValueError(f"backend is {name!r}; it must be 'auto' or one of {', '.join(PREFERENCE)}")
+        raise ValueError(
+            f"backend is {name!r}; it must be 'auto' or one of {', '.join(PREFERENCE)}"
+        )
     return name
 
 
@@ -75,7 +79,7 @@ def select(op: str, name: str, inputs: tuple) -> Callable[..., Any]:
     raise BackendUnavailable(op, name, table)
 
 
-class use_backend:  # noqa: N801 (reads as a statement, like torch.no_grad)
+class use_backend:
     """Makes `name` the backend of every call that does not pass one.
 
     Takes effect at once and, used as a context manager, is undone at its end. Process-wide, like
@@ -163,6 +167,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     if planner is None:
         raise TypeError(
             f"function is {function!r}; explain wants one of mmkernels' own: "
-            f"{', '.join(f.__name__ for f in _planners)}. Call it as explain(mmkernels.attention, q, k, v)."
+            f"{', '.join(f.__name__ for f in _planners)}. Call it as explain(mmkernels.attention, "
+            "q, k, v)."
         )
     return planner(*args, **kwargs)

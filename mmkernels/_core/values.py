@@ -17,6 +17,8 @@ def readable(*tensors: Tensor | None) -> bool:
         return False
     return all(
         tensor is None
-        or (type(tensor) in (Tensor, torch.nn.Parameter) and (tensor.device.type == "cpu" or ALWAYS))
+        or (
+            type(tensor) in (Tensor, torch.nn.Parameter) and (tensor.device.type == "cpu" or ALWAYS)
+        )
         for tensor in tensors
     )

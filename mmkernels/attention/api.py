@@ -31,10 +31,12 @@ def attention(
 
     Args:
         q: (B, Sq, Hq, D) float16, bfloat16, float32 or float64. Any strides.
-        k: (B, Sk, Hkv, D). Hq must be a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
+        k: (B, Sk, Hkv, D). Hq must be a multiple of Hkv; query head h reads key head h // (Hq /
+            Hkv).
         v: (B, Sk, Hkv, Dv).
         mask: an `IntervalMask` (see `mmkernels.masks`), or a bool tensor that broadcasts to
-            (B, Hq, Sq, Sk), True = attend. A bool CPU tensor that is an interval mask is treated as one.
+            (B, Hq, Sq, Sk), True = attend. A bool CPU tensor that is an interval mask is treated as
+            one.
         causal: row i sees the keys j <= i + Sk - Sq (bottom-right aligned). mask, causal and
             window_size intersect.
         window_size: (left, right). Row i sees the keys from i + Sk - Sq - left to
@@ -44,7 +46,8 @@ def attention(
         bias: floating point, broadcasts to (B, Hq, Sq, Sk). Added to the scores; -inf hides a key.
             Differentiable.
         alibi_slopes: (Hq,) or (B, Hq). -slope * |i + Sk - Sq - j| is added to the scores.
-        sinks: (Hq,). A logit a head that takes part in the softmax and has no value. Differentiable.
+        sinks: (Hq,). A logit a head that takes part in the softmax and has no value.
+            Differentiable.
         dropout_p: probability with which a softmax weight is dropped.
         generator: draws the dropout's seed; None: torch's default generator on q's device.
         return_lse: also return lse.
@@ -52,9 +55,9 @@ def attention(
         backend: "auto", or a backend's name; see `mmkernels.explain`.
 
     Returns:
-        out (B, Sq, Hq, Dv) in q's dtype; with return_lse also lse (B, Hq, Sq), the natural log of the
-        softmax's denominator (sink included), float32 (float64 for float64 inputs), differentiable.
-        A row without a key has out 0, lse -inf and gradients 0.
+        out (B, Sq, Hq, Dv) in q's dtype; with return_lse also lse (B, Hq, Sq), the natural log of
+        the softmax's denominator (sink included), float32 (float64 for float64 inputs),
+        differentiable. A row without a key has out 0, lse -inf and gradients 0.
 
     Raises:
         ValueError: a shape, device or value is wrong; the message names the argument and the fix.
@@ -100,14 +103,15 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences packed end to end, each attending only itself.
 
-    To run many layers over the same packing, build `mmkernels.masks.packed` once and call `attention`.
+    To run many layers over the same packing, build `mmkernels.masks.packed` once and call
+    `attention`.
 
     Args:
         q: (total_q, Hq, D). Rows beyond cu_seqlens_q[-1] get out 0.
         k: (total_k, Hkv, D).
         v: (total_k, Hkv, Dv).
-        cu_seqlens_q: (N + 1,) int32, from 0, not decreasing. Sequence n's rows are cu_seqlens_q[n] to
-            cu_seqlens_q[n + 1].
+        cu_seqlens_q: (N + 1,) int32, from 0, not decreasing. Sequence n's rows are cu_seqlens_q[n]
+            to cu_seqlens_q[n + 1].
         cu_seqlens_k: (N + 1,) int32, the same for the keys.
         max_seqlen_q: at least the longest sequence of queries; checked where that costs nothing.
         max_seqlen_k: the same for the keys.
@@ -135,9 +139,9 @@ def attention_varlen(
     """
     out, lse = call.run(
         call.varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, causal, window_size,
-            softmax_scale, softcap, bias, alibi_slopes, sinks, dropout_p, generator, deterministic,
-            backend,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, causal,
+            window_size, softmax_scale, softcap, bias, alibi_slopes, sinks, dropout_p, generator,
+            deterministic, backend,
         )
     )  # fmt: skip
     return (out[0], lse[0]) if return_lse else out[0]
@@ -199,8 +203,8 @@ def attention_with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries against a KV cache, into which k and v are first written in place.
 
-    With L = cache_seqlens[b] (plus Snew if k is given) valid keys, row i of batch element b stands at key
-    L - Sq + i. For inference: there is no gradient.
+    With L = cache_seqlens[b] (plus Snew if k is given) valid keys, row i of batch element b stands
+    at key L - Sq + i. For inference: there is no gradient.
 
     Args:
         q: (B, Sq, Hq, D). The newest Sq positions.
@@ -208,10 +212,10 @@ def attention_with_kvcache(
         v_cache: (B, Smax, Hkv, Dv), or pages (num_blocks, page_size, Hkv, Dv).
         k: (B, Snew, Hkv, D), written at cache_seqlens[b] .. cache_seqlens[b] + Snew - 1.
         v: (B, Snew, Hkv, Dv), likewise; k and v come together.
-        cache_seqlens: int or (B,) int32. Keys in the cache before k is written; it is not updated. None:
-            the cache is full, which leaves no room for k.
-        block_table: (B, max_blocks) int32. Sequence b's key j is in page block_table[b, j // page_size].
-            Entries beyond a sequence's end are not read.
+        cache_seqlens: int or (B,) int32. Keys in the cache before k is written; it is not updated.
+            None: the cache is full, which leaves no room for k.
+        block_table: (B, max_blocks) int32. Sequence b's key j is in page block_table[b, j //
+            page_size]. Entries beyond a sequence's end are not read.
         causal: row i sees no key beyond its own.
         window_size: (left, right) in keys around the row's own; -1 is unbounded.
         softmax_scale: factor on q k^T; None: 1 / sqrt(D).
@@ -222,12 +226,13 @@ def attention_with_kvcache(
         backend: "auto", or a backend's name.
 
     Returns:
-        out (B, Sq, Hq, Dv); with return_lse also lse (B, Hq, Sq). A row without a key has out 0, lse -inf.
+        out (B, Sq, Hq, Dv); with return_lse also lse (B, Hq, Sq). A row without a key has out 0,
+        lse -inf.
 
     Raises:
-        ValueError: a shape, device or value is wrong, k does not fit into the cache, a needed entry of
-            block_table is no page, or a gradient is required (values are checked on the CPU, elsewhere
-            with MMKERNELS_CHECK=1).
+        ValueError: a shape, device or value is wrong, k does not fit into the cache, a needed entry
+            of block_table is no page, or a gradient is required (values are checked on the CPU,
+            elsewhere with MMKERNELS_CHECK=1).
         TypeError: a dtype or type is wrong.
         BackendUnavailable: `backend` was named and cannot serve the call.
 

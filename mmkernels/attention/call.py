@@ -8,7 +8,7 @@ from torch import Tensor
 from mmkernels._core import ops, registry
 from mmkernels._core.registry import Explanation
 from mmkernels.attention import checks, masks, reference
-from mmkernels.attention.autograd import Attention
+from mmkernels.attention.autograd import attend
 from mmkernels.attention.dropout import draw_seed
 from mmkernels.attention.interval import IntervalMask
 
@@ -94,10 +94,9 @@ def varlen(
     """Checks the arguments of `mmkernels.attention_varlen`: one batch element, packed."""
     where = "attention_varlen"
     checks.check_packed(where, q, k, v)
-    packing = masks.packed(
-        cu_seqlens_q, cu_seqlens_k, causal=causal, window_size=window_size,
-        total_q=q.shape[0], total_k=k.shape[0], where=where,
-    )  # fmt: skip
+    packing = masks.checked_packed(
+        where, cu_seqlens_q, cu_seqlens_k, causal, window_size, q.shape[0], k.shape[0]
+    )
     checks.check_max_seqlen(where, "max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     checks.check_max_seqlen(where, "max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     if packing.device != q.device:
@@ -119,8 +118,8 @@ def varlen(
         alibi = torch.atleast_2d(slopes)[..., None, None] * -(position[:, None] - keys).abs()
         bias, alibi_slopes = alibi if bias is None else bias + alibi, None
     return dense(
-        q[None], k[None], v[None], mask, False, (-1, -1), softmax_scale, softcap, bias, alibi_slopes,
-        *rest, where=where, **keywords,
+        q[None], k[None], v[None], mask, False, (-1, -1), softmax_scale, softcap, bias,
+        alibi_slopes, *rest, where=where, **keywords,
     )  # fmt: skip
 
 
@@ -162,7 +161,7 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     row_start = row_end = None
     if call.mask is not None and q.device.type != "cpu":  # the CPU backends go by rows alone
         row_start, row_end = call.mask.key_rows(k.shape[1])
-    return Attention.apply(
+    return attend(
         q, k, v, start, end, row_start, row_end, bias, alibi_slopes, sinks, seed,
         *numbers, call.deterministic, call.backend,
     )  # fmt: skip
@@ -190,7 +189,7 @@ def _needs_grad(call: Call) -> bool:
 
 
 def _backward_inputs(call: Call) -> tuple:
-    """What a backend's why_not reads before there is any result: None for dout, dlse, out and lse."""
+    """What a backend's why_not reads before there is a result: dout, dlse, out, lse are None."""
     q, k, v, start, end, bias, *rest = call.inputs
     bias_grad = bias is not None and bias.requires_grad
     return (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._core.values import readable
 from mmkernels._core.ops import lse_dtype
+from mmkernels._core.values import readable
 from mmkernels.attention import masks
 from mmkernels.attention.interval import IntervalMask, dense_bounds
 
@@ -43,7 +43,9 @@ def check_qkv(
     """Raises unless q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv) fit together."""
     for name, tensor in (("q", q), (k_name, k), (v_name, v)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} is {type(tensor).__name__}; it must be a torch.Tensor")
+            raise TypeError(
+                f"{where}: {name} is {type(tensor).__name__}; it must be a torch.Tensor"
+            )
         if tensor.ndim != 4:
             raise ValueError(
                 f"{where}: {name} has shape {tuple(tensor.shape)}; it must be 4-dimensional: "
@@ -61,8 +63,8 @@ def check_qkv(
     v_batch, v_seqlen, v_heads, v_dim = v.shape
     if k_batch != v_batch or seqlen_k != v_seqlen or kv_heads != v_heads:
         raise ValueError(
-            f"{where}: {k_name} has shape {tuple(k.shape)} and {v_name} {tuple(v.shape)}; all but the "
-            "last dimension must agree"
+            f"{where}: {k_name} has shape {tuple(k.shape)} and {v_name} {tuple(v.shape)}; all but "
+            "the last dimension must agree"
         )
     if same_batch and batch != k_batch:
         raise ValueError(
@@ -71,13 +73,13 @@ def check_qkv(
         )
     if dim != k_dim or dim == 0 or v_dim == 0:
         raise ValueError(
-            f"{where}: the head dim of q is {dim}, of {k_name} {k_dim} and of {v_name} {v_dim}; q's and "
-            f"{k_name}'s must agree and none be 0"
+            f"{where}: the head dim of q is {dim}, of {k_name} {k_dim} and of {v_name} {v_dim}; "
+            f"q's and {k_name}'s must agree and none be 0"
         )
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(
-            f"{where}: q has {heads} heads and {k_name} {kv_heads}; q's must be a multiple. Tensors laid "
-            "out (batch, heads, seqlen, head_dim) need .transpose(1, 2)"
+            f"{where}: q has {heads} heads and {k_name} {kv_heads}; q's must be a multiple. "
+            "Tensors laid out (batch, heads, seqlen, head_dim) need .transpose(1, 2)"
         )
 
 
@@ -86,7 +88,8 @@ def check_like_q(where: str, q: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != q.dtype:
             raise TypeError(
-                f"{where}: q is {q.dtype} and {name} {tensor.dtype}; cast one, e.g. {name}.to(q.dtype)"
+                f"{where}: q is {q.dtype} and {name} {tensor.dtype}; cast one, e.g. "
+                f"{name}.to(q.dtype)"
             )
         if tensor.device != q.device:
             raise ValueError(
@@ -106,7 +109,7 @@ def check_numbers(
             f"{where}: softmax_scale is {softmax_scale!r}, softcap {softcap!r} and dropout_p "
             f"{dropout_p!r}; all must be numbers"
         ) from None
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{where}: softmax_scale is {scale}; it must be finite")
     if not 0.0 <= cap < math.inf:
         raise ValueError(f"{where}: softcap is {cap}; it must be finite and >= 0 (0 means none)")
@@ -125,7 +128,9 @@ def check_per_head(where: str, name: str, tensor: Tensor, q: Tensor, batched: bo
     if tensor.shape not in shapes:
         raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}; it must be {wanted}")
     if tensor.device != q.device:
-        raise ValueError(f"{where}: {name} is on {tensor.device} and q on {q.device}; move it there")
+        raise ValueError(
+            f"{where}: {name} is on {tensor.device} and q on {q.device}; move it there"
+        )
     return tensor.to(lse_dtype(q.dtype))
 
 
@@ -134,20 +139,20 @@ def check_alibi(where: str, alibi_slopes: Tensor, q: Tensor) -> Tensor:
     slopes = check_per_head(where, "alibi_slopes", alibi_slopes, q, batched=True)
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{where}: alibi_slopes needs a gradient, and gets none; detach it, or train the slopes "
-            "through bias=-slopes[:, None, None] * distance"
+            f"{where}: alibi_slopes needs a gradient, and gets none; detach it, or train the "
+            "slopes through bias=-slopes[:, None, None] * distance"
         )
     return slopes
 
 
-def check_bias(
-    where: str, bias: Tensor, shape: tuple[int, ...], device: torch.device
-) -> Tensor:
+def check_bias(where: str, bias: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """bias as a 4-d tensor that broadcasts to `shape` (B, Hq, Sq, Sk)."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"{where}: bias is {type(bias).__name__}; it must be a torch.Tensor")
     if bias.dtype not in DTYPES:
-        hint = "a bool mask (True = attend) goes to mask=" if bias.dtype == torch.bool else "cast it"
+        hint = (
+            "a bool mask (True = attend) goes to mask=" if bias.dtype == torch.bool else "cast it"
+        )
         raise TypeError(f"{where}: bias is {bias.dtype}; it must be floating point ({hint})")
     return _broadcastable(where, "bias", bias, shape, device)
 
@@ -178,8 +183,8 @@ def merged_mask(
     """The intersection of mask, causal and window_size; `shape` is (B, Hq, Sq, Sk).
 
     Returns:
-        An interval mask, and a (1 or B, 1 or Hq, 1 or Sq, 1 or Sk) bool mask for what is no interval;
-        each may be None.
+        An interval mask, and a (1 or B, 1 or Hq, 1 or Sq, 1 or Sk) bool mask for what is no
+        interval; each may be None.
     """
     batch, _, seqlen_q, seqlen_k = shape
     left, right = masks.check_window_size(where, window_size)
@@ -206,8 +211,8 @@ def check_interval(
     """Raises unless the mask fits (B, Sq) rows over Sk keys."""
     if mask.shape[1] != seqlen_q or mask.shape[0] not in (1, batch):
         raise ValueError(
-            f"{where}: mask has shape {tuple(mask.shape)}; it must be (1 or {batch}, {seqlen_q}): a row "
-            "for each query"
+            f"{where}: mask has shape {tuple(mask.shape)}; it must be (1 or {batch}, {seqlen_q}): "
+            "a row for each query"
         )
     if mask.seqlen_k not in (None, seqlen_k):
         raise ValueError(f"{where}: mask is over {mask.seqlen_k} keys and k has {seqlen_k}")
@@ -224,7 +229,7 @@ def check_interval(
 def _recognised(
     where: str, mask: Tensor, shape: tuple[int, ...], device: torch.device
 ) -> tuple[IntervalMask | None, Tensor | None]:
-    """A bool mask as an interval mask, if it is one and reading it synchronises nothing, else as it is."""
+    """A bool mask as an interval mask if it is one and is free to read, else as it is."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
@@ -247,11 +252,13 @@ def check_packed(where: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises unless q, k and v are 3-dimensional."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} is {type(tensor).__name__}; it must be a torch.Tensor")
+            raise TypeError(
+                f"{where}: {name} is {type(tensor).__name__}; it must be a torch.Tensor"
+            )
         if tensor.ndim != 3:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}; it must be (total, heads, head_dim), "
-                "the sequences packed end to end"
+                f"{where}: {name} has shape {tuple(tensor.shape)}; it must be (total, heads, "
+                "head_dim), the sequences packed end to end"
             )
 
 
@@ -266,8 +273,8 @@ def check_max_seqlen(where: str, name: str, max_seqlen: int, cu_seqlens: Tensor)
         longest = int(cu_seqlens.diff().max())
         if longest > max_seqlen:
             raise ValueError(
-                f"{where}: {name} is {max_seqlen} and the longest sequence has {longest} rows; it must "
-                "be at least that"
+                f"{where}: {name} is {max_seqlen} and the longest sequence has {longest} rows; it "
+                "must be at least that"
             )
 
 
@@ -283,16 +290,19 @@ def check_sdpa(
     """query, key, value and attn_mask with their leading dimensions as (batch, heads)."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} is {type(tensor).__name__}; it must be a torch.Tensor")
+            raise TypeError(
+                f"{where}: {name} is {type(tensor).__name__}; it must be a torch.Tensor"
+            )
         if tensor.ndim < 2 or tensor.ndim != query.ndim:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(tensor.shape)} and query {tuple(query.shape)}; all "
-                "must be (..., heads, seqlen, head_dim), with as many dimensions"
+                f"{where}: {name} has shape {tuple(tensor.shape)} and query {tuple(query.shape)}; "
+                "all must be (..., heads, seqlen, head_dim), with as many dimensions"
             )
     if attn_mask is not None:
         if is_causal:
             raise ValueError(
-                f"{where}: both attn_mask and is_causal are given; put the causal part into attn_mask"
+                f"{where}: both attn_mask and is_causal are given; put the causal part into "
+                "attn_mask"
             )
         if not isinstance(attn_mask, Tensor):
             raise TypeError(

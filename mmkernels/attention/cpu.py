@@ -4,14 +4,15 @@
 
     lse = log(sum_n exp(lse_n)),  out = sum_n exp(lse_n - lse) out_n
 
-and share the merged lse in the backward pass: exp(s - lse) is then the right probability in every piece, so
-the pieces' gradients add up. Two columns of arithmetic give what the kernel lacks:
+and share the merged lse in the backward pass: exp(s - lse) is then the right probability in every
+piece, so the pieces' gradients add up. Two columns of arithmetic give what the kernel lacks:
 
 * Dv != D: zero columns widen the narrower ones.
-* The gradient of lse: one more column, 1 in dout and -dlse in out, turns the kernel's sum(dout * out) into
-  delta - dlse, which is the one place where lse's gradient enters.
+* The gradient of lse: one more column, 1 in dout and -dlse in out, turns the kernel's sum(dout *
+  out) into delta - dlse, which is the one place where lse's gradient enters.
 
-Where a key or value holds NaN or Inf and a mask may hide it, the pieces run on `reference`, tile by tile.
+Where a key or value holds NaN or Inf and a mask may hide it, the pieces run on `reference`, tile by
+tile.
 """
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from mmkernels._core.ops import lse_dtype
 from mmkernels._core.registry import register
+from mmkernels.attention import cpu_flash
 from mmkernels.attention.cpu_flash import widened
 from mmkernels.attention.cpu_work import Work
 
@@ -38,16 +40,22 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Sq, Hq, Dv) and lse (B, Hq, Sq); arguments as in `_core/ops.py`."""
+    plain = start is bias is alibi_slopes is sinks is None
+    if plain and cpu_flash.serves(q, k, v):  # one call: here overhead shows
+        out, lse = cpu_flash.forward(q, k, v, False, None, softmax_scale)
+        return out.contiguous(), lse.contiguous()
     work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale)
     value_dim = v.shape[-1]
-    out_shape, lse_shape = (*q.shape[:3], value_dim), (q.shape[0], q.shape[2], q.shape[1])
-    q, k, v = (widened(x, max(q.shape[-1], value_dim)) for x in (q, k, v))
+    width = max(q.shape[-1], value_dim)
+    q, k, v = widened(q, width), widened(k, width), widened(v, width)
     if work.whole:
         out, lse = work.forward(*work.blocks[0], q, k, v)
-        out, lse = out[..., :value_dim].contiguous(), lse.contiguous()
+        out = out.contiguous() if width == value_dim else out[..., :value_dim].contiguous()
+        lse = lse.contiguous()
     else:
-        out = q.new_zeros(out_shape)
-        lse = q.new_full(lse_shape, -torch.inf, dtype=lse_dtype(q.dtype))
+        batch_size, seqlen_q, heads = q.shape[:3]
+        out = q.new_zeros((batch_size, seqlen_q, heads, value_dim))
+        lse = q.new_full((batch_size, heads, seqlen_q), -torch.inf, dtype=lse_dtype(q.dtype))
         for batch, block in work.blocks:
             block_out, block_lse = work.forward(batch, block, q, k, v)
             out[batch, block.rows] = block_out[..., :value_dim]
@@ -82,10 +90,15 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias (no elements), dsinks (no elements without sinks)."""
+    none = q.new_empty(0)
+    plain = dlse is start is bias is alibi_slopes is sinks is None
+    if plain and cpu_flash.serves(q, k, v) and dout.stride(-1) == 1:
+        dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, False, None, softmax_scale)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous(), none, none
     work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale)
     # A row without a key has lse -inf; exp(s - inf) is the 0 it needs.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    dsinks = q.new_empty(0)
+    dsinks = none
     if sinks is not None:
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
         delta = delta if dlse is None else delta - dlse
@@ -116,10 +129,11 @@ def backward(
                     total[batch, place] += part
         grads = tuple(total.to(q.dtype) for total in sums)
     dq, dk, dv = (grad[..., :dim].contiguous() for grad, dim in zip(grads, dims, strict=True))
-    return dq, dk, dv, q.new_empty(0), dsinks
+    return dq, dk, dv, none, dsinks
 
 
 def declines(q: Tensor, softcap: float, dropout_p: float) -> str | None:
+    """Why torch's CPU flash kernel cannot serve a pass, or None."""
     if q.device.type != "cpu":
         return f"q is on {q.device}; this backend serves CPU tensors"
     if softcap > 0.0:

@@ -1,19 +1,32 @@
 """torch's CPU flash attention kernel in this package's layout, called only where it is right.
 
-`aten::_scaled_dot_product_flash_attention_for_cpu` dies on empty inputs and returns garbage for a last
-stride other than 1, or for a row that sees no key; it needs D = Dv, and multiplies NaN in a hidden value by
+`aten::_scaled_dot_product_flash_attention_for_cpu` dies on empty inputs and returns garbage for a
+last stride other than 1, or for a row that sees no key; it needs D = Dv, and multiplies NaN in a
+hidden value by
 0. Callers give it non-empty inputs of one head dim (`widened`) and rows that see a key.
 
-Grouped heads cost no copy: a batch element's (Hkv, Hq / Hkv) are the batch and the heads of a call, and the
-keys are expanded with stride 0.
+Grouped heads cost no copy: a batch element's (Hkv, Hq / Hkv) are the batch and the heads of a call,
+and the keys are expanded with stride 0.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# The Python binding: 2 µs quicker a call than the same op in torch.ops.aten.
+_forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Can `forward` take these as they are?"""
+    return (
+        q.shape[3] == v.shape[3]
+        and q.shape[2] == k.shape[2]
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and q.numel() > 0
+        and v.numel() > 0
+    )
 
 
 def widened(x: Tensor, width: int) -> Tensor:
@@ -65,9 +78,7 @@ def backward(
     groups = q.shape[2] // k.shape[2]
     if groups == 1:
         dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = _backward(
-            dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=softmax_scale
-        )
+        grads = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=softmax_scale)
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv
     dq, dk, dv = _backward(

@@ -1,5 +1,6 @@
-"""What one call of the cpu backend has to compute: blocks of rows, and what is added to their scores."""
+"""What a call of the cpu backend computes: blocks of rows, and what is added to their scores."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._core.ops import lse_dtype
 from mmkernels.attention import cpu_flash, reference
-from mmkernels.attention.plan import Block, Piece, plan
+from mmkernels.attention.plan import Block, Piece, full_plan, plan
 
 
 class Work:
@@ -31,42 +32,44 @@ class Work:
     ) -> None:
         self.dtype = lse_dtype(q.dtype)
         self.softmax_scale = softmax_scale
-        self.diagonal = k.shape[1] - q.shape[1]
-        self.bias = bias
-        self.slopes = None if alibi_slopes is None else torch.atleast_2d(alibi_slopes)
+        self.bias, self.slopes = bias, alibi_slopes
         self.bias_hides = bias is not None and (
             bias.dtype == torch.bool or bool(torch.isneginf(bias).any())
         )
         hides = self.bias_hides or (start is not None and q.shape[1] > 1)
         # The kernel lets 0 * NaN through, so NaN or Inf that a row may not see takes another way.
         self.careful = hides and not (_all_finite(k) and _all_finite(v))
-        self.blocks = list(self._cut(q, k, start, end)) if q.numel() and v.numel() else []
+        self.diagonal = k.shape[1] - q.shape[1]
+        self.blocks = list(self._cut(q, k, v, start, end))
         self.whole = len(self.blocks) == 1 and self.blocks[0][1].rows == slice(0, q.shape[1])
         self._last_mask: tuple[tuple, Tensor] | None = None
 
     def _cut(
-        self, q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, end: Tensor | None
     ) -> Iterator[tuple[slice, Block]]:
-        if start is None or end is None:
-            start = torch.zeros((1, q.shape[1]), dtype=torch.int32)
-            end = torch.full_like(start, k.shape[1])
+        if q.numel() == 0 or v.numel() == 0:
+            return
         tiled = self.careful or self.bias is not None or self.slopes is not None
-        together = q.shape[2] == k.shape[2] and start.shape[0] == 1
-        for first in range(1 if together else q.shape[0]):
-            batch = slice(0, q.shape[0]) if together else slice(first, first + 1)
-            row = 0 if start.shape[0] == 1 else first
-            for block in plan(start[row], end[row], tiled):
-                yield batch, block
+        batches = [slice(0, q.shape[0])]
+        if q.shape[2] != k.shape[2] or (start is not None and start.shape[0] > 1):
+            batches = [slice(b, b + 1) for b in range(q.shape[0])]
+        if start is None or end is None:
+            blocks = full_plan(q.shape[1], k.shape[1], tiled)
+            yield from ((batch, block) for batch in batches for block in blocks)
+            return
+        for batch in batches:
+            row = batch.start if start.shape[0] > 1 else 0
+            yield from ((batch, block) for block in plan(start[row], end[row], tiled))
 
     def forward(
         self, batch: slice, block: Block, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
         """out (b, rows, Hq, D) and lse (b, Hq, rows) of a block, merged over its pieces."""
-        q = q[batch, block.rows]
+        q = _cut_out(q, batch, block.rows)
         results = []
         for piece in block.pieces:
             added = self._added(batch, block, piece)
-            keys, values = k[batch, piece.keys], v[batch, piece.keys]
+            keys, values = (_cut_out(x, batch, piece.keys) for x in (k, v))
             results.append(self._forward_piece(piece, added, q, keys, values))
         return results[0] if len(results) == 1 else _merged(results)
 
@@ -84,9 +87,10 @@ class Work:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """A piece's share of dq (b, rows, Hq, D), dk and dv (b, keys, Hkv, D)."""
         added = self._added(batch, block, piece)
-        dout, q, out = (x[batch, block.rows] for x in (dout, q, out))
-        k, v = k[batch, piece.keys], v[batch, piece.keys]
-        lse = lse[batch, :, block.rows]
+        dout, q, out = (_cut_out(x, batch, block.rows) for x in (dout, q, out))
+        k, v = (_cut_out(x, batch, piece.keys) for x in (k, v))
+        if not self.whole:
+            lse = lse[batch, :, block.rows]
         scale = self.softmax_scale
         if self.careful:
             return reference.backward(
@@ -100,9 +104,7 @@ class Work:
     ) -> tuple[Tensor, Tensor]:
         scale = self.softmax_scale
         if self.careful:
-            return reference.forward(
-                q, k, v, None, None, added, None, None, None, scale, 0.0, 0.0
-            )
+            return reference.forward(q, k, v, None, None, added, None, None, None, scale, 0.0, 0.0)
         if not self.bias_hides or added is None:
             return cpu_flash.forward(q, k, v, piece.causal, added, scale)
         unseeing = added.amax(-1) == -torch.inf  # (1 or b, 1 or Hq, rows): sees no key here
@@ -124,7 +126,8 @@ class Work:
                 added = torch.where(shown, added, -torch.inf)
             added = added.to(self.dtype)
         if self.slopes is not None:
-            slopes = self.slopes[batch] if self.slopes.shape[0] > 1 else self.slopes
+            slopes = torch.atleast_2d(self.slopes)
+            slopes = slopes[batch] if slopes.shape[0] > 1 else slopes
             row = torch.arange(block.r0, block.r1)[:, None] + self.diagonal
             distance = (row - torch.arange(piece.k0, piece.k1)).abs().to(self.dtype)
             alibi = -slopes.to(self.dtype)[..., None, None] * distance
@@ -141,9 +144,17 @@ class Work:
         return self._last_mask[1]
 
 
+def _cut_out(x: Tensor, batch: slice, rows: slice) -> Tensor:
+    """x[batch, rows]; x itself, which is quicker, where that is all of it."""
+    size, length = x.shape[:2]
+    if batch.stop - batch.start == size and rows.stop - rows.start == length:
+        return x
+    return x[batch, rows]
+
+
 def _all_finite(x: Tensor) -> bool:
     """One pass over x; a finite x whose sum overflows only takes the slower way."""
-    return bool(x.sum(dtype=lse_dtype(x.dtype)).isfinite())
+    return math.isfinite(float(x.sum(dtype=lse_dtype(x.dtype))))
 
 
 def _merged(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Attention against a KV cache, on any backend's forward: one op, since kernels for it differ.
 
-A batch element's rows are its last positions, row i at key cache_seqlens[b] - Sq + i, so its bounds are data.
-Pages of a paged cache are gathered first.
+A batch element's rows are its last positions, row i at key cache_seqlens[b] - Sq + i, so its bounds
+are data. Pages of a paged cache are gathered first.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def bounds(
 
 
 def gathered(cache: Tensor, block_table: Tensor | None, pages: int) -> Tensor:
-    """(B, S, Hkv, D) of a contiguous cache, or of the first `pages` pages of each row of block_table."""
+    """(B, S, Hkv, D): a contiguous cache, or the first `pages` pages of each row of block_table."""
     if block_table is None:
         return cache
     # An entry beyond a sequence's end may be anything; clamped, it reads a page nobody looks at.
@@ -36,7 +36,9 @@ def gathered(cache: Tensor, block_table: Tensor | None, pages: int) -> Tensor:
     return cache[index].flatten(1, 2)
 
 
-def decode_on(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def decode_on(
+    forward: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """The decode op on top of an attention forward."""
 
     def decode(
@@ -65,9 +67,7 @@ def decode_on(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
             row = torch.arange(q.shape[1], device=q.device) + (cache_seqlens[:, None] - q.shape[1])
             distance = (row[..., None] - keys).abs()[:, None]
             bias = -torch.atleast_2d(alibi_slopes)[..., None, None] * distance
-        return forward(
-            q, k, v, start, end, bias, None, sinks, None, softmax_scale, softcap, 0.0
-        )
+        return forward(q, k, v, start, end, bias, None, sinks, None, softmax_scale, softcap, 0.0)
 
     return decode
 

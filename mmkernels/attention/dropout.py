@@ -1,8 +1,8 @@
 """The dropout keep bit of attention: the same in every backend, whatever its tiles.
 
-keep(b, h, i, j) compares word j % 4 of Philox4x32-10 with counter (j // 4, i, h, b) and a 64-bit key,
-the seed, with dropout_p scaled to 32 bits. Source: Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", SC 2011.
+keep(b, h, i, j) compares word j % 4 of Philox4x32-10 with counter (j // 4, i, h, b) and a 64-bit
+key, the seed, with dropout_p scaled to 32 bits. Source: Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011.
 """
 
 import torch
@@ -53,7 +53,9 @@ def keep_mask(
         seqlen_q: Sq.
         seqlen_k: Sk.
     """
-    arange = [torch.arange(n, device=seed.device) for n in (-(-seqlen_k // 4), seqlen_q, heads, batch)]
+    arange = [
+        torch.arange(n, device=seed.device) for n in (-(-seqlen_k // 4), seqlen_q, heads, batch)
+    ]
     shapes = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
     counter = tuple(index.view(shape) for index, shape in zip(arange, shapes, strict=True))
     words = torch.stack(torch.broadcast_tensors(*philox(seed, counter)), -1)

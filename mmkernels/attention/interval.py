@@ -1,9 +1,9 @@
 """`IntervalMask`: row i attends the keys start[i] <= j < end[i].
 
-Almost every mask of a multimodal model is one: full, causal, sliding window, padding, packed documents
-or images, prefix-LM, bidirectional image spans inside causal text, vision windows. Two int32 vectors
-replace a dense mask: O(N) memory, nothing to compile, and bounds that are data, so a CUDA graph replays
-with new ones. An empty row is stored as (0, 0).
+Almost every mask of a multimodal model is one: full, causal, sliding window, padding, packed
+documents or images, prefix-LM, bidirectional image spans inside causal text, vision windows. Two
+int32 vectors replace a dense mask: O(N) memory, nothing to compile, and bounds that are data, so a
+CUDA graph replays with new ones. An empty row is stored as (0, 0).
 """
 
 import torch
@@ -31,8 +31,8 @@ class IntervalMask:
 
     Raises:
         TypeError: start or end is no integer tensor.
-        ValueError: shapes or devices differ; start > end; a bound is outside [0, seqlen_k] (values are
-            checked on the CPU, elsewhere with MMKERNELS_CHECK=1).
+        ValueError: shapes or devices differ; start > end; a bound is outside [0, seqlen_k] (values
+            are checked on the CPU, elsewhere with MMKERNELS_CHECK=1).
     """
 
     def __init__(self, start: Tensor, end: Tensor, seqlen_k: int | None = None) -> None:
@@ -47,8 +47,8 @@ class IntervalMask:
                 )
             if bound.ndim not in (1, 2):
                 raise ValueError(
-                    f"IntervalMask: {name} has shape {tuple(bound.shape)}; it must be (Sq,), (1, Sq) "
-                    "or (B, Sq)"
+                    f"IntervalMask: {name} has shape {tuple(bound.shape)}; it must be (Sq,), (1, "
+                    "Sq) or (B, Sq)"
                 )
         if start.device != end.device:
             raise ValueError(
@@ -119,8 +119,9 @@ class IntervalMask:
                     [bound[batch, row].item() for bound in pair] for pair in ((a, b), (c, d))
                 )
                 raise ValueError(
-                    f"IntervalMask |: row {row} of batch {batch} sees keys {left} and {right}, which "
-                    "neither overlap nor touch, so their union is no interval; pass a dense bool mask"
+                    f"IntervalMask |: row {row} of batch {batch} sees keys {left} and {right}, "
+                    "which neither overlap nor touch, so their union is no interval; pass a dense "
+                    "bool mask"
                 )
         start = torch.where(left_empty, c, torch.where(right_empty, a, torch.minimum(a, c)))
         end = torch.where(left_empty, d, torch.where(right_empty, b, torch.maximum(b, d)))
@@ -162,8 +163,8 @@ class IntervalMask:
             raise TypeError(f"from_dense: mask is {got}; it must be a bool tensor, True = attend")
         if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
             raise ValueError(
-                f"from_dense: mask has shape {tuple(mask.shape)}; it must be (Sq, Sk), (B, Sq, Sk) or "
-                "(B, 1, Sq, Sk). A mask that differs between heads is no interval mask"
+                f"from_dense: mask has shape {tuple(mask.shape)}; it must be (Sq, Sk), (B, Sq, Sk) "
+                "or (B, 1, Sq, Sk). A mask that differs between heads is no interval mask"
             )
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -175,8 +176,8 @@ class IntervalMask:
         if not contiguous.all():
             batch, row = (~contiguous).nonzero()[0].tolist()
             raise ValueError(
-                f"from_dense: the keys of row {row} of batch {batch} are not contiguous, so the mask "
-                "is no interval mask; pass it to mmkernels.attention(mask=...) as it is"
+                f"from_dense: the keys of row {row} of batch {batch} are not contiguous, so the "
+                "mask is no interval mask; pass it to mmkernels.attention(mask=...) as it is"
             )
         return cls._of(start, end, mask.shape[-1])
 
@@ -202,23 +203,21 @@ class IntervalMask:
         """Bounds of each tile of `block_m` rows: (4, 1 or B, tiles) int32.
 
         Rows: min start, max start, min end, max end. The tile needs the keys [min start, max end);
-        those in [max start, min end) need no masking. Empty rows leave min start and max end as they
-        are and, being (0, 0), leave no unmasked keys.
+        those in [max start, min end) need no masking. Empty rows leave min start and max end as
+        they are and, being (0, 0), leave no unmasked keys.
         """
         rows = self.shape[1]
         tiles = -(-rows // block_m)
         # The last tile's missing rows repeat the last row, which changes no minimum or maximum.
         index = torch.arange(tiles * block_m, device=self.device).clamp_(max=max(rows - 1, 0))
-        start, end = (
-            bound[:, index].view(-1, tiles, block_m) for bound in (self.start, self.end)
-        )
+        start, end = (bound[:, index].view(-1, tiles, block_m) for bound in (self.start, self.end))
         used = start.where(start < end, torch.iinfo(torch.int32).max).amin(-1)
         max_end = end.amax(-1)
         min_start = used.where(max_end > 0, 0)
         return torch.stack((min_start, start.amax(-1), end.amin(-1), max_end))
 
     def key_rows(self, seqlen_k: int | None = None) -> tuple[Tensor, Tensor]:
-        """The transposed ranges, which dK and dV need: for each key its first row and one past its last.
+        """The transposed ranges, which dK and dV need: each key's first row, one past its last.
 
         Rows between the two may still not see the key; outside of them none does.
 
@@ -239,7 +238,7 @@ class IntervalMask:
         return first.where(seen, 0), (last + 1).where(seen, 0)
 
     def key_tiles(self, block_n: int, seqlen_k: int | None = None) -> Tensor:
-        """Rows that each tile of `block_n` keys needs: (2, 1 or B, tiles) int32, first and one past last."""
+        """Rows that tiles of `block_n` keys need: (2, 1 or B, tiles) int32: first, one past."""
         row_start, row_end = self.key_rows(seqlen_k)
         transposed = IntervalMask._of(row_start, row_end, self.shape[1]).query_tiles(block_n)
         return transposed[[0, 3]]
@@ -268,7 +267,7 @@ def _normal(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_bounds(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """start, end (B, Sq) int32 of a (B, Sq, Sk) bool mask, and (B, Sq) bool: is the row an interval."""
+    """start, end (B, Sq) int32 of a (B, Sq, Sk) bool mask, and (B, Sq) bool: is it an interval."""
     seqlen_k = dense.shape[-1]
     if seqlen_k == 0:
         zero = torch.zeros(dense.shape[:-1], dtype=torch.int32, device=dense.device)
@@ -283,8 +282,9 @@ def dense_bounds(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _scatter_min(start: Tensor, end: Tensor, value: Tensor, length: int, initial: int) -> Tensor:
     """For each position, the least `value` of all intervals [start, end) that cover it.
 
-    A sparse table backwards: an interval is two overlapping runs of 2**level positions; each level's
-    minima are then handed down to its two halves. O((N + length) log length), no loop over rows.
+    A sparse table backwards: an interval is two overlapping runs of 2**level positions; each
+    level's minima are then handed down to its two halves. O((N + length) log length), no loop over
+    rows.
     """
     levels = max(length, 1).bit_length()
     size = end - start

@@ -48,7 +48,9 @@ def prepare(
     """Checks the arguments of `mmkernels.attention_with_kvcache`; writes nothing."""
     backend = registry.requested(backend)
     q, k, v = checks.autocast(q, k, v)
-    checks.check_qkv(_WHERE, q, k_cache, v_cache, "k_cache", "v_cache", same_batch=block_table is None)
+    checks.check_qkv(
+        _WHERE, q, k_cache, v_cache, "k_cache", "v_cache", same_batch=block_table is None
+    )
     _refuse_grad(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, sinks=sinks)
     new = _check_new(q, k_cache, v_cache, k, v)
     if block_table is not None:
@@ -93,7 +95,12 @@ def explain(*args: object, return_lse: bool = False, **kwargs: object) -> Explan
 
 
 def _write(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    block_table: Tensor | None,
 ) -> None:
     """Stores k and v (B, Snew, Hkv, ..) at the last Snew of the first `lengths` (B,) positions."""
     new = torch.arange(k.shape[1], device=k.device)
@@ -139,33 +146,36 @@ def _check_new(
     return k.shape[1]
 
 
-def _check_lengths(q: Tensor, cache_seqlens: int | Tensor | None, capacity: int, new: int) -> Tensor:
+def _check_lengths(
+    q: Tensor, cache_seqlens: int | Tensor | None, capacity: int, new: int
+) -> Tensor:
     """cache_seqlens as (B,) int32 on q's device."""
     room = capacity - new
     if cache_seqlens is None:
         if new:
             raise ValueError(
-                f"{_WHERE}: cache_seqlens is None, a full cache, which has no room for k's {new} keys; "
-                "pass the number of keys in the cache"
+                f"{_WHERE}: cache_seqlens is None, a full cache, which has no room for k's {new} "
+                "keys; pass the number of keys in the cache"
             )
         cache_seqlens = capacity
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
         if not 0 <= cache_seqlens <= room:
             raise ValueError(
-                f"{_WHERE}: cache_seqlens is {cache_seqlens}; it must lie in [0, {room}]: the cache "
-                f"holds {capacity} keys and k has {new}"
+                f"{_WHERE}: cache_seqlens is {cache_seqlens}; it must lie in [0, {room}]: the "
+                f"cache holds {capacity} keys and k has {new}"
             )
         return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     masks.check_integers(_WHERE, cache_seqlens=cache_seqlens)
     if tuple(cache_seqlens.shape) != (q.shape[0],):
         raise ValueError(
-            f"{_WHERE}: cache_seqlens has shape {tuple(cache_seqlens.shape)}; it must be ({q.shape[0]},)"
+            f"{_WHERE}: cache_seqlens has shape {tuple(cache_seqlens.shape)}; it must be "
+            f"({q.shape[0]},)"
         )
     _check_device(q, cache_seqlens=cache_seqlens)
     if readable(cache_seqlens) and ((cache_seqlens < 0) | (cache_seqlens > room)).any():
         raise ValueError(
-            f"{_WHERE}: cache_seqlens is {cache_seqlens.tolist()}; it must lie in [0, {room}]: the cache "
-            f"holds {capacity} keys and k has {new}"
+            f"{_WHERE}: cache_seqlens is {cache_seqlens.tolist()}; it must lie in [0, {room}]: the "
+            f"cache holds {capacity} keys and k has {new}"
         )
     return cache_seqlens.to(torch.int32).clamp(0, room)
 
@@ -185,13 +195,15 @@ def _check_pages(block_table: Tensor, lengths: Tensor, k_cache: Tensor) -> None:
     if not readable(block_table, lengths):
         return
     pages, page_size = k_cache.shape[:2]
-    needed = torch.arange(block_table.shape[1], device=lengths.device) * page_size < lengths[:, None]
+    needed = (
+        torch.arange(block_table.shape[1], device=lengths.device) * page_size < lengths[:, None]
+    )
     wrong = needed & ((block_table < 0) | (block_table >= pages))
     if wrong.any():
         batch, entry = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"{_WHERE}: block_table[{batch}, {entry}] is {int(block_table[batch, entry])}; the cache has "
-            f"pages 0 to {pages - 1}"
+            f"{_WHERE}: block_table[{batch}, {entry}] is {int(block_table[batch, entry])}; the "
+            f"cache has pages 0 to {pages - 1}"
         )
 
 

@@ -1,13 +1,15 @@
 """Builders of interval masks, as `mmkernels.masks`.
 
 Causal and windowed masks align the last query with the last key (bottom-right): row i stands at key
-i + seqlen_k - seqlen_q. Bounds are clamped to [0, seqlen_k]. A builder whose bounds follow from sizes
-alone returns a cached mask, so calling it in every layer costs a look-up.
+i + seqlen_k - seqlen_q. Bounds are clamped to [0, seqlen_k]. A builder whose bounds follow from
+sizes alone returns a cached mask, so calling it in every layer costs a look-up.
 
     causal_with_images = masks.causal(s) | masks.spans(image_ids)
-    local_with_images = (masks.causal(s) & masks.window(s, window_size=(512, -1))) | masks.spans(ids)
+    local_with_images = (masks.causal(s) & masks.window(s, window_size=(512, -1))) |
+    masks.spans(ids)
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -16,7 +18,17 @@ from torch import Tensor
 from mmkernels._core.values import readable
 from mmkernels.attention.interval import IntervalMask
 
-__all__ = ["IntervalMask", "causal", "full", "packed", "padding", "prefix_lm", "spans", "top_left", "window"]
+__all__ = [
+    "IntervalMask",
+    "causal",
+    "full",
+    "packed",
+    "padding",
+    "prefix_lm",
+    "spans",
+    "top_left",
+    "window",
+]
 
 Device = torch.device | str | None
 
@@ -65,7 +77,9 @@ def window(
 
     def build() -> IntervalMask:
         position = torch.arange(seqlen_q, dtype=torch.int32, device=device) + (seqlen_k - seqlen_q)
-        return _band(position, position.new_zeros(()), position.new_full((), seqlen_k), left, right, seqlen_k)
+        return _band(
+            position, position.new_zeros(()), position.new_full((), seqlen_k), left, right, seqlen_k
+        )
 
     return _cached((seqlen_q, seqlen_k, left, right, device), build)
 
@@ -92,8 +106,14 @@ def padding(
         raise ValueError(f"padding: lengths has shape {tuple(lengths.shape)}; it must be (B,)")
     if side not in ("left", "right"):
         raise ValueError(f"padding: side is {side!r}; it must be 'left' or 'right'")
-    if readable(lengths) and lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= seqlen_k:
-        raise ValueError(f"padding: lengths are {lengths.tolist()}; they must lie in [0, {seqlen_k}]")
+    if (
+        readable(lengths)
+        and lengths.numel()
+        and not 0 <= int(lengths.min()) <= int(lengths.max()) <= seqlen_k
+    ):
+        raise ValueError(
+            f"padding: lengths are {lengths.tolist()}; they must lie in [0, {seqlen_k}]"
+        )
     lengths = lengths.to(torch.int32).clamp(0, seqlen_k)[:, None]
     zero = torch.zeros_like(lengths)
     start, end = (zero, lengths) if side == "right" else (seqlen_k - lengths, zero + seqlen_k)
@@ -108,7 +128,6 @@ def packed(
     window_size: tuple[int, int] = (-1, -1),
     total_q: int | None = None,
     total_k: int | None = None,
-    where: str = "packed",
 ) -> IntervalMask:
     """Sequences packed end to end, each attending only itself: documents, or images of mixed size.
 
@@ -121,33 +140,15 @@ def packed(
         total_q: number of rows; those beyond the last sequence see nothing. None: cu_seqlens_q[-1],
             which reads the tensor and so synchronises a GPU.
         total_k: number of keys; None: cu_seqlens_k[-1].
-        where: the caller's name, for error messages.
 
     Raises:
         TypeError: a cu_seqlens is no integer tensor.
         ValueError: wrong rank, different lengths, not monotone from 0, or beyond the totals.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    left, right = check_window_size(where, window_size)
-    check_integers(where, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or not len(cu_seqlens_q):
-        raise ValueError(
-            f"{where}: cu_seqlens_q and cu_seqlens_k have shapes {tuple(cu_seqlens_q.shape)} and "
-            f"{tuple(cu_seqlens_k.shape)}; both must be (N + 1,)"
-        )
-    if cu_seqlens_q.device != cu_seqlens_k.device:
-        raise ValueError(
-            f"{where}: cu_seqlens_q is on {cu_seqlens_q.device} and cu_seqlens_k on "
-            f"{cu_seqlens_k.device}; move one"
-        )
-    total_q = int(cu_seqlens_q[-1]) if total_q is None else total_q
-    total_k = int(cu_seqlens_k[-1]) if total_k is None else total_k
-    _check_sizes(where, total_q=total_q, total_k=total_k)
-    if readable(cu_seqlens_q, cu_seqlens_k):
-        check_cu_seqlens(where, "cu_seqlens_q", cu_seqlens_q, total_q)
-        check_cu_seqlens(where, "cu_seqlens_k", cu_seqlens_k, total_k)
-    position, first, last = packed_rows(cu_seqlens_q, cu_seqlens_k, total_q)
-    return _band(position, first, last, left, 0 if causal else right, total_k)
+    return checked_packed(
+        "packed", cu_seqlens_q, cu_seqlens_k, causal, window_size, total_q, total_k
+    )
 
 
 def prefix_lm(
@@ -176,11 +177,13 @@ def prefix_lm(
     check_integers("prefix_lm", prefix_lengths=prefix_lengths)
     if prefix_lengths.ndim != 1:
         raise ValueError(
-            f"prefix_lm: prefix_lengths has shape {tuple(prefix_lengths.shape)}; it must be an int or (B,)"
+            f"prefix_lm: prefix_lengths has shape {tuple(prefix_lengths.shape)}; it must be an "
+            "int or (B,)"
         )
     if readable(prefix_lengths) and ((prefix_lengths < 0) | (prefix_lengths > seqlen_k)).any():
         raise ValueError(
-            f"prefix_lm: prefix_lengths are {prefix_lengths.tolist()}; they must lie in [0, {seqlen_k}]"
+            f"prefix_lm: prefix_lengths are {prefix_lengths.tolist()}; they must lie in [0, "
+            f"{seqlen_k}]"
         )
     rows = causal(seqlen_q, seqlen_k, device=prefix_lengths.device)
     end = torch.maximum(rows.end, prefix_lengths.to(torch.int32)[:, None]).clamp_(max=seqlen_k)
@@ -188,7 +191,7 @@ def prefix_lm(
 
 
 def top_left(seqlen_q: int, seqlen_k: int, *, device: Device = None) -> IntervalMask:
-    """Row i sees the keys j <= i: `is_causal` of torch's SDPA, which differs from `causal` if Sq != Sk.
+    """Row i sees the keys j <= i: `is_causal` of torch's SDPA; not `causal` if Sq != Sk.
 
     Args:
         seqlen_q: number of query rows.
@@ -212,7 +215,8 @@ def spans(ids: Tensor) -> IntervalMask:
 
     Raises:
         TypeError: ids is no integer tensor.
-        ValueError: wrong rank; an id that stands in two separate runs (they could not see each other).
+        ValueError: wrong rank; an id that stands in two separate runs (they could not see each
+            other).
     """
     check_integers("spans", ids=ids)
     if ids.ndim not in (1, 2):
@@ -230,12 +234,44 @@ def spans(ids: Tensor) -> IntervalMask:
             repeats = ordered[1:][ordered[1:] == ordered[:-1]]
             if repeats.numel():
                 raise ValueError(
-                    f"spans: ids holds the id {repeats[0]} in two separate runs, which could not see "
-                    "each other; give each run an id of its own"
+                    f"spans: ids holds the id {repeats[0]} in two separate runs, which could not "
+                    "see each other; give each run an id of its own"
                 )
     start = position.where(first, 0).cummax(1).values
     end = (position + 1).where(last, seqlen + 1).flip(1).cummin(1).values.flip(1)
     return _intervals(start, end, seqlen)
+
+
+def checked_packed(
+    where: str,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    window_size: tuple[int, int],
+    total_q: int | None,
+    total_k: int | None,
+) -> IntervalMask:
+    """`packed` with the caller's name `where` in its errors."""
+    left, right = check_window_size(where, window_size)
+    check_integers(where, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if cu_seqlens_q.ndim != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or not len(cu_seqlens_q):
+        raise ValueError(
+            f"{where}: cu_seqlens_q and cu_seqlens_k have shapes {tuple(cu_seqlens_q.shape)} and "
+            f"{tuple(cu_seqlens_k.shape)}; both must be (N + 1,)"
+        )
+    if cu_seqlens_q.device != cu_seqlens_k.device:
+        raise ValueError(
+            f"{where}: cu_seqlens_q is on {cu_seqlens_q.device} and cu_seqlens_k on "
+            f"{cu_seqlens_k.device}; move one"
+        )
+    total_q = int(cu_seqlens_q[-1]) if total_q is None else total_q
+    total_k = int(cu_seqlens_k[-1]) if total_k is None else total_k
+    _check_sizes(where, total_q=total_q, total_k=total_k)
+    if readable(cu_seqlens_q, cu_seqlens_k):
+        check_cu_seqlens(where, "cu_seqlens_q", cu_seqlens_q, total_q)
+        check_cu_seqlens(where, "cu_seqlens_k", cu_seqlens_k, total_k)
+    position, first, last = packed_rows(cu_seqlens_q, cu_seqlens_k, total_q)
+    return _band(position, first, last, left, 0 if causal else right, total_k)
 
 
 def packed_rows(
@@ -268,7 +304,7 @@ def check_window_size(where: str, window_size: tuple[int, int]) -> tuple[int, in
 def check_cu_seqlens(where: str, name: str, cu_seqlens: Tensor, total: int) -> None:
     """Raises unless cu_seqlens starts at 0, never decreases and ends within `total`."""
     values = cu_seqlens.tolist()
-    if values[0] != 0 or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] != 0 or any(a > b for a, b in itertools.pairwise(values)):
         shown = f"{values[:8]}{'...' if len(values) > 8 else ''}"
         raise ValueError(
             f"{where}: {name} is {shown}; it must start at 0 and never decrease "

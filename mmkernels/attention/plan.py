@@ -1,13 +1,14 @@
 """Cuts an interval mask into rectangles that torch's CPU flash kernel can run.
 
-A block of rows is served by pieces, each a run of keys: seen by all its rows ("full"), along a diagonal
-("causal", top-left), or through a small mask. Long runs of rows with equal bounds, or with a constant
-start and an end that grows by one, become a block of one or two pieces; the rest goes in tiles of at
-most `TILE_ROWS` rows. In every piece every row sees at least one key, since that kernel returns garbage
-for a row that sees none.
+A block of rows is served by pieces, each a run of keys: seen by all its rows ("full"), along a
+diagonal ("causal", top-left), or through a small mask. Long runs of rows with equal bounds, or with
+a constant start and an end that grows by one, become a block of one or two pieces; the rest goes in
+tiles of at most `TILE_ROWS` rows. In every piece every row sees at least one key, since that kernel
+returns garbage for a row that sees none.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,14 @@ def plan(start: Tensor, end: Tensor, tiled: bool) -> tuple[Block, ...]:
 
 
 @functools.lru_cache(maxsize=64)
+def full_plan(seqlen_q: int, seqlen_k: int, tiled: bool) -> tuple[Block, ...]:
+    """The blocks where every row sees every key."""
+    rows = TILE_ROWS if tiled else max(seqlen_q, 1)
+    piece = Piece(0, seqlen_k)
+    return tuple(Block(r0, min(r0 + rows, seqlen_q), (piece,)) for r0 in range(0, seqlen_q, rows))
+
+
+@functools.lru_cache(maxsize=64)
 def _plan(start_bytes: bytes, end_bytes: bytes, tiled: bool) -> tuple[Block, ...]:
     start, end = np.frombuffer(start_bytes, np.int32), np.frombuffer(end_bytes, np.int32)
     blocks: list[Block] = []
@@ -84,15 +93,17 @@ def _plan(start_bytes: bytes, end_bytes: bytes, tiled: bool) -> tuple[Block, ...
 
 
 def _long_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
-    """Disjoint runs of at least LONG_RUN rows with a constant start, and an end that is constant or
-    grows by one a row; greedy from the first row."""
+    """Disjoint runs of rows with a constant start, and an end that is constant or grows by one.
+
+    Each has LONG_RUN rows or more, or all; greedy from the first row.
+    """
     rows = np.arange(len(start))
     run_end = np.zeros(len(start), np.int64)
     for slope in (0, 1):
         breaks = np.flatnonzero((np.diff(start) != 0) | (np.diff(end) != slope)) + 1
         breaks = np.append(breaks, len(start))
         np.maximum(run_end, breaks[np.searchsorted(breaks, rows, side="right")], out=run_end)
-    candidates = np.flatnonzero(run_end - rows >= LONG_RUN)
+    candidates = np.flatnonzero(run_end - rows >= min(LONG_RUN, len(start)))
     runs, row = [], 0
     while (index := np.searchsorted(candidates, row)) < len(candidates):
         r0 = int(candidates[index])
@@ -119,7 +130,7 @@ def _tiles(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
     edges = [r0 - 1, *empty.tolist(), r1]
     return [
         block
-        for above, below in zip(edges, edges[1:], strict=False)
+        for above, below in itertools.pairwise(edges)
         for a in range(above + 1, below, TILE_ROWS)
         for block in _tile(start, end, a, min(a + TILE_ROWS, below))
     ]

@@ -1,17 +1,17 @@
 """Attention, materialised: the one oracle for tests, benchmarks and fallback.
 
-    s = softcap(softmax_scale * q k^T) + bias - slope * |i' - j|,  -inf where row i may not see key j
-    p = exp(s - lse),  lse = log(sum_j exp(s) + exp(sink)),  out = dropout(p) v
+    s = softcap(softmax_scale * q k^T) + bias - slope * |i' - j|,  -inf where row i may not see key
+    j p = exp(s - lse),  lse = log(sum_j exp(s) + exp(sink)),  out = dropout(p) v
 
 with i' = i + Sk - Sq. Computed in float32, or float64 for float64 inputs, in O(Sq * Sk) memory.
-`forward` is plain torch, so autograd runs through it, twice if asked; `backward` is the closed form from
-(out, lse), which any backend's forward may have made:
+`forward` is plain torch, so autograd runs through it, twice if asked; `backward` is the closed form
+from (out, lse), which any backend's forward may have made:
 
     dv = dropout(p)^T dout,  dp = dropout(dout v^T),  delta = sum(dout * out) - dlse,
     ds = p (dp - delta),  dq = scale ds k,  dk = scale ds^T q,  dsink = -exp(sink - lse) delta
 
-A row without a key has out 0, lse -inf and gradients 0. NaN or Inf in a key or value makes the rows that
-see it NaN (a value: in its column) and reaches no other row.
+A row without a key has out 0, lse -inf and gradients 0. NaN or Inf in a key or value makes the rows
+that see it NaN (a value: in its column) and reaches no other row.
 
 Source: Dao et al., "FlashAttention", NeurIPS 2022, for the backward from (out, lse).
 """
@@ -200,12 +200,10 @@ def _dropout_scale(seed: Tensor | None, dropout_p: float, like: Tensor) -> Tenso
 def _values(
     v: Tensor, heads: int, visible: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Values (B, Hq, Sk, Dv) with 0 for what is not finite, and a term that is NaN where a row saw one."""
+    """Values (B, Hq, Sk, Dv), 0 where not finite, and a term that is NaN where a row saw that."""
     hit = _per_query_head(v.detach() * 0.0, heads, dtype).isnan()
-    if visible is None:
-        hits = hit.any(-2, keepdim=True)
-    else:
-        hits = (visible.to(dtype) @ hit.to(dtype)) > 0.0
+    everywhere = hit.any(-2, keepdim=True)
+    hits = everywhere if visible is None else visible.to(dtype) @ hit.to(dtype) > 0.0
     poison = torch.zeros_like(hits, dtype=dtype).masked_fill(hits, torch.nan)
     return _per_query_head(_finite(v), heads, dtype), poison
 
