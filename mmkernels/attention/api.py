@@ -180,7 +180,7 @@ def scaled_dot_product_attention(
     out, _ = call.run(
         call.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     )
-    return call.sdpa_layout(out, query, value)
+    return call.sdpa_layout(out, query, key, value)
 
 
 def attention_with_kvcache(

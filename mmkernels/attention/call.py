@@ -103,18 +103,22 @@ def varlen(
         raise ValueError(
             f"{where}: cu_seqlens_q is on {packing.device} and q on {q.device}; move it there"
         )
+    shape = (1, q.shape[1], q.shape[0], k.shape[0])
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        mask = mask & packing.to_dense()
+        mask = checks.broadcastable(where, "mask", mask, shape, q.device) & packing.to_dense()
     elif isinstance(mask, IntervalMask):
         checks.check_interval(where, mask, 1, q.shape[0], k.shape[0], q.device)
         mask = mask & packing
     elif mask is None:
         mask = packing
-    if alibi_slopes is not None and cu_seqlens_q is not cu_seqlens_k:
+    one_diagonal = cu_seqlens_q is cu_seqlens_k and q.shape[0] == k.shape[0]
+    if alibi_slopes is not None and not one_diagonal:
         # The kernels count distances from one diagonal; sequences of unlike lengths have several.
         slopes = checks.check_alibi(where, alibi_slopes, q[None])
         position, _, _ = masks.packed_rows(cu_seqlens_q, cu_seqlens_k, q.shape[0])
         keys = torch.arange(k.shape[0], device=q.device)
+        if bias is not None:
+            bias = checks.check_bias(where, bias, shape, q.device)
         alibi = torch.atleast_2d(slopes)[..., None, None] * -(position[:, None] - keys).abs()
         bias, alibi_slopes = alibi if bias is None else bias + alibi, None
     return dense(
@@ -198,10 +202,15 @@ def _backward_inputs(call: Call) -> tuple:
     )  # fmt: skip
 
 
-def sdpa_layout(out: Tensor, query: Tensor, value: Tensor) -> Tensor:
+def sdpa_layout(out: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """out (B, Sq, Hq, Dv) as (..., Hq, Sq, Dv)."""
     out = out.transpose(1, 2)
-    return out if query.ndim == 4 else out.reshape(*query.shape[:-1], value.shape[-1])
+    if query.ndim == 4:
+        return out
+    if query.ndim < 4:
+        return out[(0,) * (4 - query.ndim)]
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    return out.unflatten(0, batch)
 
 
 def explain_dense(*args: Any, return_lse: bool = False, **kwargs: Any) -> Explanation:

@@ -20,12 +20,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def autocast(*tensors: Tensor | None) -> Any:
     """Casts floating tensors but float64 to autocast's dtype, as SDPA does; q is the first."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor.to(dtype)
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        if isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
         else tensor
         for tensor in tensors
     )
@@ -57,7 +59,7 @@ def check_qkv(
         )
     dtype, device = q.dtype, q.device
     if k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
-        check_like_q(where, q, **{k_name: k, v_name: v})
+        check_like(where, q=q, **{k_name: k, v_name: v})
     batch, _, heads, dim = q.shape
     k_batch, seqlen_k, kv_heads, k_dim = k.shape
     v_batch, v_seqlen, v_heads, v_dim = v.shape
@@ -83,18 +85,19 @@ def check_qkv(
         )
 
 
-def check_like_q(where: str, q: Tensor, **tensors: Tensor) -> None:
-    """Raises unless the tensors have q's dtype and device."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != q.dtype:
+def check_like(where: str, **tensors: Tensor) -> None:
+    """Raises unless all tensors have the dtype and device of the first."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
             raise TypeError(
-                f"{where}: q is {q.dtype} and {name} {tensor.dtype}; cast one, e.g. "
-                f"{name}.to(q.dtype)"
+                f"{where}: {first_name} is {first.dtype} and {name} {tensor.dtype}; cast one, e.g. "
+                f"{name}.to({first_name}.dtype)"
             )
-        if tensor.device != q.device:
+        if tensor.device != first.device:
             raise ValueError(
-                f"{where}: q is on {q.device} and {name} on {tensor.device}; move one, e.g. "
-                f"{name}.to(q.device)"
+                f"{where}: {first_name} is on {first.device} and {name} on {tensor.device}; move "
+                f"one, e.g. {name}.to({first_name}.device)"
             )
 
 
@@ -154,12 +157,13 @@ def check_bias(where: str, bias: Tensor, shape: tuple[int, ...], device: torch.d
             "a bool mask (True = attend) goes to mask=" if bias.dtype == torch.bool else "cast it"
         )
         raise TypeError(f"{where}: bias is {bias.dtype}; it must be floating point ({hint})")
-    return _broadcastable(where, "bias", bias, shape, device)
+    return broadcastable(where, "bias", bias, shape, device)
 
 
-def _broadcastable(
+def broadcastable(
     where: str, name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
+    """The tensor as a 4-dimensional one, or an error if it does not broadcast to `shape`."""
     if tensor.ndim > 4 or any(
         n not in (1, m) for n, m in zip(reversed(tensor.shape), reversed(shape), strict=False)
     ):
@@ -236,7 +240,7 @@ def _recognised(
             f"{where}: mask is {got}; it must be an IntervalMask or a bool tensor, True = attend. "
             "A floating-point mask that is added to the scores goes to bias="
         )
-    mask = _broadcastable(where, "mask", mask, shape, device)
+    mask = broadcastable(where, "mask", mask, shape, device)
     one_head = mask[:, :1] if mask.stride(1) == 0 else mask
     if one_head.shape[1] == 1 and readable(mask):
         # Broadcast rows stay one row here, so a key padding mask costs O(Sk) to read.
@@ -298,30 +302,62 @@ def check_sdpa(
                 f"{where}: {name} has shape {tuple(tensor.shape)} and query {tuple(query.shape)}; "
                 "all must be (..., heads, seqlen, head_dim), with as many dimensions"
             )
-    if attn_mask is not None:
-        if is_causal:
-            raise ValueError(
-                f"{where}: both attn_mask and is_causal are given; put the causal part into "
-                "attn_mask"
-            )
-        if not isinstance(attn_mask, Tensor):
-            raise TypeError(
-                f"{where}: attn_mask is {type(attn_mask).__name__}; it must be a torch.Tensor"
-            )
+    if query.dtype not in DTYPES:
+        raise TypeError(
+            f"{where}: query is {query.dtype}; it must be float16, bfloat16, float32 or float64"
+        )
+    check_like(where, query=query, key=key, value=value)
+    if key.shape[-2] != value.shape[-2] or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"{where}: query has shape {tuple(query.shape)}, key has shape {tuple(key.shape)} and "
+            f"value {tuple(value.shape)}; query's and key's head_dim must agree, and key's and "
+            "value's seqlen"
+        )
     if query.ndim >= 3 and not enable_gqa and query.shape[-3] != key.shape[-3]:
         if 1 not in (query.shape[-3], key.shape[-3]):
             raise ValueError(
                 f"{where}: query has {query.shape[-3]} heads and key {key.shape[-3]}; pass "
                 "enable_gqa=True to share key heads, or repeat them"
             )
-        key, value = (x.expand(*x.shape[:-3], query.shape[-3], -1, -1) for x in (key, value))
+        heads = max(query.shape[-3], key.shape[-3])
+        query, key, value = (x.expand(*x.shape[:-3], heads, -1, -1) for x in (query, key, value))
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
+    query, key, value = (
+        x if x.shape[:-3] == batch else x.expand(*batch, *x.shape[-3:]) for x in (query, key, value)
+    )
+    if attn_mask is not None:
+        _check_attn_mask(where, attn_mask, is_causal, (*query.shape[:-1], key.shape[-2]))
     if query.ndim == 4:
         return query, key, value, attn_mask
-    if attn_mask is not None and query.ndim != 4:
+    if attn_mask is not None:
         attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
         attn_mask = _batch_and_heads(attn_mask)
     query, key, value = (_batch_and_heads(x) for x in (query, key, value))
     return query, key, value, attn_mask
+
+
+def _check_attn_mask(
+    where: str, attn_mask: Tensor, is_causal: bool, shape: tuple[int, ...]
+) -> None:
+    if is_causal:
+        raise ValueError(
+            f"{where}: both attn_mask and is_causal are given; put the causal part into attn_mask"
+        )
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(
+            f"{where}: attn_mask is {type(attn_mask).__name__}; it must be a torch.Tensor"
+        )
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
+        raise TypeError(
+            f"{where}: attn_mask is {attn_mask.dtype}; it must be bool (True = attend) or floating "
+            "point (added to the scores)"
+        )
+    ends = zip(reversed(attn_mask.shape), reversed(shape), strict=False)
+    if attn_mask.ndim > len(shape) or any(n not in (1, m) for n, m in ends):
+        raise ValueError(
+            f"{where}: attn_mask has shape {tuple(attn_mask.shape)}; it must broadcast to "
+            f"(..., heads, seqlen_q, seqlen_k) = {shape}"
+        )
 
 
 def _batch_and_heads(x: Tensor) -> Tensor:

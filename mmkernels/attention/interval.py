@@ -62,9 +62,10 @@ class IntervalMask:
                 f"IntervalMask: start has shape {tuple(start.shape)} and end {tuple(end.shape)}; "
                 "they must agree"
             )
-        if readable(start, end) and start.numel() and end.numel():
+        start, end = torch.broadcast_tensors(start, end)
+        if readable(start, end) and start.numel():
             _check_bounds(start, end, seqlen_k)
-        start, end = torch.broadcast_tensors(start.to(torch.int32), end.to(torch.int32))
+        start, end = start.to(torch.int32), end.to(torch.int32)
         self.start, self.end, self.seqlen_k = *_normal(start, end), seqlen_k
 
     @classmethod
@@ -210,7 +211,9 @@ class IntervalMask:
         tiles = -(-rows // block_m)
         # The last tile's missing rows repeat the last row, which changes no minimum or maximum.
         index = torch.arange(tiles * block_m, device=self.device).clamp_(max=max(rows - 1, 0))
-        start, end = (bound[:, index].view(-1, tiles, block_m) for bound in (self.start, self.end))
+        start, end = (
+            bound[:, index].view(self.shape[0], tiles, block_m) for bound in (self.start, self.end)
+        )
         used = start.where(start < end, torch.iinfo(torch.int32).max).amin(-1)
         max_end = end.amax(-1)
         min_start = used.where(max_end > 0, 0)
@@ -253,7 +256,7 @@ def _check_bounds(start: Tensor, end: Tensor, seqlen_k: int | None) -> None:
     ):
         if wrong.any():
             batch, row = wrong.nonzero()[0].tolist()
-            a, b = (bound.expand_as(wrong)[batch, row].item() for bound in (start, end))
+            a, b = (bound[batch, row].item() for bound in (start, end))
             raise ValueError(
                 f"IntervalMask: row {row} of batch {batch} is [{a}, {b}): {problem}. "
                 "Clamp the bounds to [0, number of keys]"

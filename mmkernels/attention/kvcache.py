@@ -122,7 +122,7 @@ def _refuse_grad(**tensors: Tensor | None) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{_WHERE}: {name} requires a gradient, and decoding has none; run it under "
                 "torch.no_grad(), or train with mmkernels.attention"
@@ -139,10 +139,13 @@ def _check_new(
     if k is None or v is None:
         return 0
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        wanted = (q.shape[0], k.shape[1] if k.ndim == 4 else "Snew", *cache.shape[2:])
+        if not isinstance(new, Tensor):
+            raise TypeError(f"{_WHERE}: {name} is {type(new).__name__}; it must be a torch.Tensor")
+        seqlen = k.shape[1] if isinstance(k, Tensor) and k.ndim == 4 else "Snew"
+        wanted = (q.shape[0], seqlen, *cache.shape[2:])
         if tuple(new.shape) != wanted:
             raise ValueError(f"{_WHERE}: {name} has shape {tuple(new.shape)}; it must be {wanted}")
-        checks.check_like_q(_WHERE, q, **{name: new})
+        checks.check_like(_WHERE, q=q, **{name: new})
     return k.shape[1]
 
 

@@ -198,6 +198,7 @@ def top_left(seqlen_q: int, seqlen_k: int, *, device: Device = None) -> Interval
         seqlen_k: number of keys.
         device: where the bounds lie.
     """
+    _check_sizes("top_left", seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     if seqlen_q == seqlen_k:
         return causal(seqlen_q, device=device)
     end = torch.arange(1, seqlen_q + 1, dtype=torch.int32, device=device).clamp_(max=seqlen_k)
@@ -296,6 +297,8 @@ def check_window_size(where: str, window_size: tuple[int, int]) -> tuple[int, in
             f"{where}: window_size is {window_size!r}; it must be (left, right), -1 for unbounded"
         )
     left, right = window_size
+    if not all(map(_is_int, window_size)):
+        raise TypeError(f"{where}: window_size is {window_size!r}; both must be ints")
     if left < -1 or right < -1:
         raise ValueError(f"{where}: window_size is {window_size!r}; both must be >= -1 (unbounded)")
     return left, right
@@ -318,8 +321,14 @@ def check_cu_seqlens(where: str, name: str, cu_seqlens: Tensor, total: int) -> N
 
 def _check_sizes(where: str, **sizes: int) -> None:
     for name, size in sizes.items():
+        if not _is_int(size):
+            raise TypeError(f"{where}: {name} is {size!r}; it must be an int")
         if size < 0:
             raise ValueError(f"{where}: {name} is {size}; it must be >= 0")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_integers(where: str, **tensors: Tensor) -> None:
