@@ -11,8 +11,8 @@ piece, so the pieces' gradients add up. Two columns of arithmetic give what the 
 * The gradient of lse: one more column, 1 in dout and -dlse in out, turns the kernel's sum(dout *
   out) into delta - dlse, which is the one place where lse's gradient enters.
 
-Where a key or value holds NaN or Inf and a mask may hide it, the pieces run on `reference`, tile by
-tile.
+The kernel multiplies a hidden NaN or Inf by 0. Such a product shows in the output, which is
+checked; all then runs again on `reference`, tile by tile.
 """
 
 import torch
@@ -22,7 +22,7 @@ from mmkernels._core.ops import lse_dtype
 from mmkernels._core.registry import register
 from mmkernels.attention import cpu_flash
 from mmkernels.attention.cpu_flash import widened
-from mmkernels.attention.cpu_work import Work
+from mmkernels.attention.cpu_work import Work, all_finite
 
 
 def forward(
@@ -44,26 +44,35 @@ def forward(
     if plain and cpu_flash.serves(q, k, v):  # one call: here overhead shows
         out, lse = cpu_flash.forward(q, k, v, False, None, softmax_scale)
         return out.contiguous(), lse.contiguous()
-    work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale)
+    inputs = (q, k, v, start, end, bias, alibi_slopes, softmax_scale)
+    work = Work(*inputs)
+    out, lse = _forward(work, q, k, v)
+    if work.hides and not all_finite(out):
+        out, lse = _forward(Work(*inputs, careful=True), q, k, v)
+    if sinks is not None:
+        no_key = lse == -torch.inf
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        share = torch.exp(lse - total).masked_fill_(no_key, 0.0)
+        out *= share.transpose(1, 2)[..., None]
+        lse = total.masked_fill_(no_key, -torch.inf)
+    return out, lse
+
+
+def _forward(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     value_dim = v.shape[-1]
     width = max(q.shape[-1], value_dim)
     q, k, v = widened(q, width), widened(k, width), widened(v, width)
     if work.whole:
         out, lse = work.forward(*work.blocks[0], q, k, v)
-        out = out.contiguous() if width == value_dim else out[..., :value_dim].contiguous()
-        lse = lse.contiguous()
-    else:
-        batch_size, seqlen_q, heads = q.shape[:3]
-        out = q.new_zeros((batch_size, seqlen_q, heads, value_dim))
-        lse = q.new_full((batch_size, heads, seqlen_q), -torch.inf, dtype=lse_dtype(q.dtype))
-        for batch, block in work.blocks:
-            block_out, block_lse = work.forward(batch, block, q, k, v)
-            out[batch, block.rows] = block_out[..., :value_dim]
-            lse[batch, :, block.rows] = block_lse
-    if sinks is not None:
-        sink = sinks.to(lse.dtype)[:, None]
-        out *= torch.sigmoid(lse - sink).transpose(1, 2)[..., None]
-        lse = torch.logaddexp(lse, sink).masked_fill_(lse == -torch.inf, -torch.inf)
+        out = out if width == value_dim else out[..., :value_dim]
+        return out.contiguous(), lse.contiguous()
+    batch_size, seqlen_q, heads = q.shape[:3]
+    out = q.new_zeros((batch_size, seqlen_q, heads, value_dim))
+    lse = q.new_full((batch_size, heads, seqlen_q), -torch.inf, dtype=lse_dtype(q.dtype))
+    for batch, block in work.blocks:
+        block_out, block_lse = work.forward(batch, block, q, k, v)
+        out[batch, block.rows] = block_out[..., :value_dim]
+        lse[batch, :, block.rows] = block_lse
     return out, lse
 
 
@@ -96,6 +105,8 @@ def backward(
         dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, False, None, softmax_scale)
         return dq.contiguous(), dk.contiguous(), dv.contiguous(), none, none
     work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale)
+    if work.hides and not (all_finite(k) and all_finite(v)):
+        work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale, careful=True)
     # A row without a key has lse -inf; exp(s - inf) is the 0 it needs.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     dsinks = none

@@ -14,9 +14,22 @@ from mmkernels.attention.plan import Block, Piece, full_plan, plan
 class Work:
     """The pieces of a call and how to run one.
 
+    Args:
+        q: (B, Sq, Hq, D).
+        k: (B, Sk, Hkv, D).
+        v: (B, Sk, Hkv, Dv).
+        start: as in `_core/ops.py`, and so the rest.
+        end: see start.
+        bias: see start.
+        alibi_slopes: see start.
+        softmax_scale: see start.
+        careful: NaN or Inf may be hidden from some row. torch's kernel would let 0 * NaN through,
+            so every piece runs on `reference`.
+
     Attributes:
         blocks: (batch elements, block) pairs; rows in no block see no key.
         whole: one block holds all rows of all batch elements.
+        hides: some row may not see some key of its pieces.
     """
 
     def __init__(
@@ -29,6 +42,7 @@ class Work:
         bias: Tensor | None,
         alibi_slopes: Tensor | None,
         softmax_scale: float,
+        careful: bool = False,
     ) -> None:
         self.dtype = lse_dtype(q.dtype)
         self.softmax_scale = softmax_scale
@@ -36,12 +50,15 @@ class Work:
         self.bias_hides = bias is not None and (
             bias.dtype == torch.bool or bool(torch.isneginf(bias).any())
         )
-        hides = self.bias_hides or (start is not None and q.shape[1] > 1)
-        # The kernel lets 0 * NaN through, so NaN or Inf that a row may not see takes another way.
-        self.careful = hides and not (_all_finite(k) and _all_finite(v))
+        self.hides = self.bias_hides or (start is not None and q.shape[1] > 1)
+        self.careful = careful
         self.diagonal = k.shape[1] - q.shape[1]
         self.blocks = list(self._cut(q, k, v, start, end))
-        self.whole = len(self.blocks) == 1 and self.blocks[0][1].rows == slice(0, q.shape[1])
+        everything = (slice(0, q.shape[0]), slice(0, q.shape[1]))
+        self.whole = len(self.blocks) == 1 and everything == (
+            self.blocks[0][0],
+            self.blocks[0][1].rows,
+        )
         self._last_mask: tuple[tuple, Tensor] | None = None
 
     def _cut(
@@ -152,8 +169,8 @@ def _cut_out(x: Tensor, batch: slice, rows: slice) -> Tensor:
     return x[batch, rows]
 
 
-def _all_finite(x: Tensor) -> bool:
-    """One pass over x; a finite x whose sum overflows only takes the slower way."""
+def all_finite(x: Tensor) -> bool:
+    """Is x finite? One pass over it; a finite x whose sum overflows only takes the slower way."""
     return math.isfinite(float(x.sum(dtype=lse_dtype(x.dtype))))
 
 

@@ -55,6 +55,8 @@ def forward(
     total = torch.where(has_key, total, 1.0)
     lse = torch.where(has_key, pivot + torch.log(total), -torch.inf).squeeze(-1)
     kept = weights / total
+    if visible is not None:  # where a row that saw NaN has made NaN of everything
+        kept = kept.masked_fill(~visible, 0.0)
     if dropout_p > 0.0:
         kept = kept * _dropout_scale(seed, dropout_p, kept)
     values, poison = _values(v, q.shape[2], visible, kept.dtype)
