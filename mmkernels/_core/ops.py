@@ -71,7 +71,7 @@ def _attention_decode_fake(
     return _attention_forward_fake(q, k_cache, v_cache)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "attention_forward": _attention_forward_fake,
     "attention_backward": _attention_backward_fake,
     "attention_decode": _attention_decode_fake,
@@ -80,7 +80,7 @@ _FAKES = {
 
 def _implementation(op: str) -> Callable[..., tuple[Tensor, ...]]:
     def run(*inputs: Any) -> tuple[Tensor, ...]:
-        *arguments, backend = inputs
+        arguments, backend = inputs[:-1], inputs[-1]
         run_backend = registry.select(op, backend, arguments)
         device = arguments[2].device.type  # k or q, a tensor in every schema
         if not torch.is_autocast_enabled(device):

@@ -1,5 +1,7 @@
 """The public attention functions: arguments in, one op out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = True,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_lse; Any lets type checkers take either
     """softmax(softcap(softmax_scale q k^T) + bias) v over the keys that the masks leave.
 
     Args:
@@ -100,7 +102,7 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool = True,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_lse; Any lets type checkers take either
     """`attention` over sequences packed end to end, each attending only itself.
 
     To run many layers over the same packing, build `mmkernels.masks.packed` once and call
@@ -200,7 +202,7 @@ def attention_with_kvcache(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair with return_lse; Any lets type checkers take either
     """Attention of new queries against a KV cache, into which k and v are first written in place.
 
     With L = cache_seqlens[b] (plus Snew if k is given) valid keys, row i of batch element b stands

@@ -88,8 +88,11 @@ def varlen(
     softcap: float = 0.0,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-    *rest: Any,
-    **keywords: Any,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    deterministic: bool = True,
+    backend: str = "auto",
 ) -> Call:
     """Checks the arguments of `mmkernels.attention_varlen`: one batch element, packed."""
     where = "attention_varlen"
@@ -123,7 +126,7 @@ def varlen(
         bias, alibi_slopes = alibi if bias is None else bias + alibi, None
     return dense(
         q[None], k[None], v[None], mask, False, (-1, -1), softmax_scale, softcap, bias,
-        alibi_slopes, *rest, where=where, **keywords,
+        alibi_slopes, sinks, dropout_p, generator, deterministic, backend, where,
     )  # fmt: skip
 
 
@@ -143,7 +146,8 @@ def sdpa(
         where, query, key, value, attn_mask, is_causal, enable_gqa
     )
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    mask = bias = None
+    mask: IntervalMask | Tensor | None = None
+    bias = None
     if attn_mask is not None:
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     elif is_causal:

@@ -138,7 +138,8 @@ def backward(
                 places = (block.rows, piece.keys, piece.keys)
                 for total, part, place in zip(sums, parts, places, strict=True):
                     total[batch, place] += part
-        grads = tuple(total.to(q.dtype) for total in sums)
+        dq, dk, dv = (total.to(q.dtype) for total in sums)
+        grads = (dq, dk, dv)
     dq, dk, dv = (grad[..., :dim].contiguous() for grad, dim in zip(grads, dims, strict=True))
     return dq, dk, dv, none, dsinks
 

@@ -23,8 +23,8 @@ def keep_threshold(dropout_p: float) -> int:
     return min(round(dropout_p * 2**32), 2**32)
 
 
-def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The four 32-bit words of Philox4x32-10 for each counter, as int64 in [0, 2**32)."""
+def philox(seed: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The four 32-bit words of Philox4x32-10 for counters of four words, as int64 in [0, 2**32)."""
     words = list(counter)
     keys = [seed & _WORD, (seed >> 32) & _WORD]
     for _ in range(10):

@@ -161,7 +161,7 @@ def _check_lengths(
                 "keys; pass the number of keys in the cache"
             )
         cache_seqlens = capacity
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+    if isinstance(cache_seqlens, int) and masks.is_int(cache_seqlens):
         if not 0 <= cache_seqlens <= room:
             raise ValueError(
                 f"{_WHERE}: cache_seqlens is {cache_seqlens}; it must lie in [0, {room}]: the "
@@ -169,6 +169,7 @@ def _check_lengths(
             )
         return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     masks.check_integers(_WHERE, cache_seqlens=cache_seqlens)
+    assert isinstance(cache_seqlens, Tensor)  # said once more, for the type checker
     if tuple(cache_seqlens.shape) != (q.shape[0],):
         raise ValueError(
             f"{_WHERE}: cache_seqlens has shape {tuple(cache_seqlens.shape)}; it must be "

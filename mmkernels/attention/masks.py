@@ -172,9 +172,10 @@ def prefix_lm(
     """
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     _check_sizes("prefix_lm", seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    if isinstance(prefix_lengths, int) and not isinstance(prefix_lengths, bool):
+    if is_int(prefix_lengths):
         prefix_lengths = torch.tensor([prefix_lengths], dtype=torch.int32, device=device)
     check_integers("prefix_lm", prefix_lengths=prefix_lengths)
+    assert isinstance(prefix_lengths, Tensor)  # said once more, for the type checker
     if prefix_lengths.ndim != 1:
         raise ValueError(
             f"prefix_lm: prefix_lengths has shape {tuple(prefix_lengths.shape)}; it must be an "
@@ -297,7 +298,7 @@ def check_window_size(where: str, window_size: tuple[int, int]) -> tuple[int, in
             f"{where}: window_size is {window_size!r}; it must be (left, right), -1 for unbounded"
         )
     left, right = window_size
-    if not all(map(_is_int, window_size)):
+    if not all(map(is_int, window_size)):
         raise TypeError(f"{where}: window_size is {window_size!r}; both must be ints")
     if left < -1 or right < -1:
         raise ValueError(f"{where}: window_size is {window_size!r}; both must be >= -1 (unbounded)")
@@ -321,17 +322,18 @@ def check_cu_seqlens(where: str, name: str, cu_seqlens: Tensor, total: int) -> N
 
 def _check_sizes(where: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        if not _is_int(size):
+        if not is_int(size):
             raise TypeError(f"{where}: {name} is {size!r}; it must be an int")
         if size < 0:
             raise ValueError(f"{where}: {name} is {size}; it must be >= 0")
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
+    """Is it an int, maybe a symbolic one, and not a bool?"""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def check_integers(where: str, **tensors: Tensor) -> None:
+def check_integers(where: str, **tensors: object) -> None:
     """Raises a TypeError that names the tensor which holds no integers."""
     for name, tensor in tensors.items():
         if (

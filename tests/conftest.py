@@ -1,0 +1,66 @@
+"""For every test: markers that skip themselves, fixed seeds, visible uninitialised memory."""
+
+import importlib.util
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# cuBLAS is deterministic only if this is set before its first call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure() -> None:
+    """One thread a process: on tensors of a test's size more of them only wait for each other."""
+    torch.set_num_threads(1)
+
+
+def why_skip(marker: str) -> str | None:
+    """Why a test with this marker cannot run here; None if it can."""
+    if marker == "gpu" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if marker == "interpreter" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if marker == "nvcc" and shutil.which("nvcc") is None:
+        return "nvcc is not on PATH"
+    if marker == "ptxsim":
+        folder = os.environ.get("MMKERNELS_PTXSIM")
+        if not folder:
+            return "MMKERNELS_PTXSIM is not set"
+        if not Path(folder).is_dir():
+            return f"MMKERNELS_PTXSIM={folder} is not a folder"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in {marker.name for marker in item.iter_markers()}:
+            if reason := why_skip(marker):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """torch.empty gives NaN, integers their maximum: reading what nothing wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
