@@ -214,6 +214,20 @@ def test_vmap_works_or_says_why():
     torch.testing.assert_close(grads, wanted)
 
 
+def test_vmap_over_masks():
+    q, k, v = qkv(2, 9, 9, 4, 2, 8)
+    shown = torch.rand(3, 9, 9) < 0.5
+    got = torch.vmap(lambda mask: mm.attention(q, k, v, mask=mask))(shown)
+    wanted = torch.stack([mm.attention(q, k, v, mask=mask) for mask in shown])
+    torch.testing.assert_close(got, wanted)
+
+
+def test_meta_tensors():
+    q, k, v = (x.to("meta") for x in qkv(2, 9, 9, 4, 2, 8))
+    out, lse = mm.attention(q, k, v, return_lse=True, causal=True)
+    assert out.shape == (2, 9, 4, 8) and lse.shape == (2, 4, 9) and out.is_meta
+
+
 def test_second_derivative_only_on_reference():
     q, k, v = qkv(1, 5, 5, 2, 1, 4, dtype=torch.float64, requires_grad=True)
     mask = mm.masks.IntervalMask(torch.tensor([0, 1, 0, 2, 0]), torch.tensor([1, 3, 0, 5, 5]), 5)
