@@ -24,7 +24,7 @@ PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal bench lint format clean
+.PHONY: help demo test test-all test-minimal bench bench-report lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,9 @@ test-minimal: $(MINIMAL)/.installed  ## the same tests on a CPU-only torch witho
 bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
 	@mkdir -p $(dir $(BENCH_JSON))
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-json=$(BENCH_JSON) $(ARGS)
+
+bench-report: $(VENV)/.installed  ## render README, docs and the plot from the newest benchmark JSON
+	$(VENV)/bin/python -m benchmarks.report
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(VENV)/bin/ruff check .

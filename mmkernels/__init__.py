@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 try:
     import torch
-except (ImportError, OSError) as error:  # `python -m mmkernels` must still be able to say why
+except Exception as error:  # `python -m mmkernels` must still be able to say why
     torch_error: Exception | None = error
 else:
     del torch

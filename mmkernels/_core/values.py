@@ -11,7 +11,7 @@ ALWAYS = os.environ.get("MMKERNELS_CHECK") == "1"
 def readable(*tensors: Tensor | None) -> bool:
     """True where reading the tensors' values is possible and synchronises no device.
 
-    On the CPU always, on a GPU only with MMKERNELS_CHECK=1, never while tracing or under torch.func.
+    On the CPU always, on a GPU only with MMKERNELS_CHECK=1, never while tracing or in torch.func.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False

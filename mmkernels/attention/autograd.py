@@ -38,7 +38,7 @@ class _Attention(torch.autograd.Function):
         softmax_scale, softcap, dropout_p, deterministic, backend = ctx.numbers
         bias_grad, sinks_grad = ctx.needs_input_grad[7], ctx.needs_input_grad[9]
         # Gradients of the gradients are wanted (create_graph=True) only if grad mode is on here.
-        run = _FirstOrder.apply if torch.is_grad_enabled() else ops.attention_backward
+        run = _FirstOrder.apply if torch.is_grad_enabled() else _backward_op
         dq, dk, dv, dbias, dsinks = run(
             torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse,
             start, end, row_start, row_end, bias, *rest,
@@ -71,7 +71,7 @@ class _FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return ops.attention_backward(*inputs)
+        return _backward_op(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -87,9 +87,13 @@ class _FirstOrder(torch.autograd.Function):
 
 def _forward_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, k, v, start, end, _, _, bias, alibi_slopes, sinks, seed, *numbers, _, backend = inputs
-    return ops.attention_forward(
-        q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers, backend
+    return ops.call(
+        "attention_forward", q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers, backend
     )
+
+
+def _backward_op(*inputs: Any) -> tuple[Tensor, ...]:
+    return ops.call("attention_backward", *inputs)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

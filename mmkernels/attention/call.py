@@ -159,9 +159,9 @@ def sdpa(
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """out and lse, with gradients where they are wanted."""
-    q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers = call.inputs
     if not _needs_grad(call):
-        return ops.attention_forward(*call.inputs, call.backend)
+        return ops.call("attention_forward", *call.inputs, call.backend)
+    q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers = call.inputs
     if call.backend == "reference" and not torch.compiler.is_compiling():
         return reference.differentiable(*call.inputs)
     if call.backend != "auto":  # better now than in the middle of the backward pass

@@ -53,6 +53,10 @@ def check_qkv(
                 f"{where}: {name} has shape {tuple(tensor.shape)}; it must be 4-dimensional: "
                 "(batch, seqlen, heads, head_dim)"
             )
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{where}: {name} is {tensor.layout}; it must be strided, e.g. {name}.to_dense()"
+            )
     if q.dtype not in DTYPES:
         raise TypeError(
             f"{where}: q is {q.dtype}; it must be float16, bfloat16, float32 or float64"

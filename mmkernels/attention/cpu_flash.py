@@ -32,7 +32,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def widened(x: Tensor, width: int) -> Tensor:
     """x (.., D) with zero columns up to `width`, and a last stride of 1."""
     if x.shape[-1] < width:
-        return F.pad(x, (0, width - x.shape[-1]))
+        x = F.pad(x, (0, width - x.shape[-1]))  # keeps the order of strides
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

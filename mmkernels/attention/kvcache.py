@@ -55,6 +55,11 @@ def prepare(
     new = _check_new(q, k_cache, v_cache, k, v)
     if block_table is not None:
         _check_block_table(q, block_table)
+        if k_cache.shape[1] == 0:
+            raise ValueError(
+                f"{_WHERE}: k_cache has shape {tuple(k_cache.shape)}; its page_size, the second "
+                "dimension, must be at least 1"
+            )
         capacity = block_table.shape[1] * k_cache.shape[1]
     else:
         capacity = k_cache.shape[1]
@@ -85,7 +90,7 @@ def run(call: Prepared) -> tuple[Tensor, Tensor]:
         registry.select("attention_decode", call.backend, call.inputs)
     if call.k is not None and call.v is not None:
         _write(k_cache, v_cache, call.k, call.v, lengths, block_table)
-    return ops.attention_decode(*call.inputs, call.backend)
+    return ops.call("attention_decode", *call.inputs, call.backend)
 
 
 def explain(*args: object, return_lse: bool = False, **kwargs: object) -> Explanation:

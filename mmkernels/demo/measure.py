@@ -1,5 +1,6 @@
 """Fresh processes, the memory they need, and the spread of repeated measurements."""
 
+import ctypes
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def peak_rise(work: Callable[[], object]) -> float | None:
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
+    ctypes.CDLL(None).malloc_trim(0)  # else the work could use what was freed before, unseen
     reset.write_text("5")  # the highest value starts from the present one
     before = field("VmRSS")
     work()

@@ -70,9 +70,11 @@ def prompt_memory(folder: Path, name: str, prompt: list[int]) -> float | None:
 
     model, _ = _load(folder)
     model.set_attn_implementation(name)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # from the file's pages, which the system may drop
     layers = model.model.layers
     with torch.no_grad(), tqdm(total=len(layers), desc=name, unit="layer", **_BAR) as bar:
-        model(torch.tensor([prompt[:16]]))  # pages the weights in and starts the threads
+        model(torch.tensor([prompt[:16]]))  # starts the threads
 
         def advance(*_: object) -> None:
             bar.update()

@@ -336,7 +336,7 @@ REFUSED = {
     "alibi": {"alibi_slopes": torch.ones(3)},
     "sinks": {"sinks": torch.ones(1)},
     "backend": {"backend": "nonsense"},
-    "backend_absent": {"backend": "triton"},
+    "backend_for_gpus": {"backend": "cuda"},
     "backend_declines": {"backend": "cpu", "softcap": 1.0},
     "page": {"block_table": torch.tensor([[0, 1, 2], [3, 4, 99]], dtype=torch.int32)},
 }

@@ -252,6 +252,15 @@ def test_in_every_dtype_and_length(dtype, seqlen, backend):
                 assert dq[:, ::2].isfinite().all() and dq[:, :, 1].isfinite().all()
 
 
+@BACKENDS
+@pytest.mark.parametrize("seqlen_q", [1, 3])
+def test_does_nan_in_the_only_key_reach_its_rows(seqlen_q, backend):
+    q, k, v = (normal(1, n, 1, D, seed=n) for n in (seqlen_q, 1, 1))
+    k[0, 0, 0, 3] = math.nan
+    out, lse = mm.attention(q, k, v, backend=backend, return_lse=True)
+    assert out.isnan().all() and lse.isnan().all()
+
+
 @pytest.mark.parametrize("pair", [("cpu", "reference"), ("reference", "cpu")], ids="-".join)
 @pytest.mark.parametrize("kind", ["causal", "packed_causal", "causal_or_spans", "padding"])
 @pytest.mark.parametrize("which", ["k", "v"])

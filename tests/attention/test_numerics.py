@@ -84,7 +84,13 @@ def check(shape, mask_name, dtype, forward, backward, extra=(), seed=0):
     delta = (dout.double() * exact[0]).sum(-1).transpose(1, 2) - dlse
     rounding = testing.attention_rounding(dtype, exact[1], delta)
     for name, *values in zip(names, got, exact, eager, strict=True):
-        testing.assert_accurate(name, *values, rounding=rounding)
+        limit = rounding
+        if name == "dsinks":  # a sum over all rows, in which large terms cancel
+            terms = torch.exp(inputs[-1].double()[:, None] - exact[1]).where(
+                exact[1] > -torch.inf, 0
+            )
+            limit *= float((terms * delta.abs()).sum((0, 2)).max() / values[1].abs().max())
+        testing.assert_accurate(name, *values, rounding=limit)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)

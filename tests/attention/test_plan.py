@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mmkernels as mm
 from mmkernels.attention import masks, plan
 from mmkernels.attention.interval import IntervalMask
 
@@ -135,6 +136,43 @@ def structured(draw: st.DrawFn) -> IntervalMask:
 def test_masks_of_the_builders(mask):
     with small_tiles():
         check(mask.start[0], mask.end[0], mask.seqlen_k)
+
+
+def attended(mask: IntervalMask, backend: str, options: dict) -> list[Tensor]:
+    """out, lse, dq, dk and dv for fixed random inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rows, keys = mask.shape[1], mask.seqlen_k
+    leaves = [
+        normal(1, n, heads, 4).requires_grad_() for n, heads in ((rows, 2), (keys, 1), (keys, 1))
+    ]
+    out, lse = mm.attention(*leaves, mask=mask, return_lse=True, backend=backend, **options)
+    cotangents = normal(*out.shape), normal(*lse.shape)
+    return [out, lse, *torch.autograd.grad((out, lse), leaves, cotangents)]
+
+
+@settings(max_examples=60)
+@given(
+    st.one_of(
+        structured(), stretches(), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)))
+    )
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"alibi_slopes": torch.tensor([0.3, 0.1])}], ids=["plain", "alibi"]
+)
+def test_attention_over_any_pieces(options, mask):
+    if not isinstance(mask, IntervalMask):
+        mask = IntervalMask(*bounds(mask), 40)
+    wanted = attended(mask, "reference", options)
+    with small_tiles():
+        got = attended(mask, "cpu", options)
+    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
+        torch.testing.assert_close(
+            x, y, atol=1e-11, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 LONG = {

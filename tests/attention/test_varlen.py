@@ -145,6 +145,16 @@ def test_do_alibi_distances_ignore_rows_and_keys_beyond_the_last_sequence(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [(5, 9), (9, 5), (4, 4)], ids=str)
+def test_is_one_sequence_plain_attention_even_with_alibi(lengths, backend):
+    q, k, v = normal(lengths[0], 4, 8), *(normal(lengths[1], 2, 8, seed=n) for n in (1, 2))
+    options = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "window_size": (6, 3)}
+    wanted = mm.attention(q[None], k[None], v[None], backend=backend, **options)
+    out, _ = together(q, k, v, [lengths[0]], [lengths[1]], backend="reference", **options)
+    torch.testing.assert_close(out, wanted[0], atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_are_alibi_and_bias_both_added(backend):
     q, k, v = inputs_of("more_keys")
     len_q, len_k = LENGTHS["more_keys"]

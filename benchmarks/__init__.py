@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench` measures, `python -m benchmarks.report` renders what was measured."""

@@ -1,0 +1,1 @@
+"""What keeps generated parts of the documentation up to date."""
