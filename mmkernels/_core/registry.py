@@ -94,12 +94,18 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _default
+        self.name = "auto" if name == "auto" else requested(name)
         self.previous = _default
-        _default = "auto" if name == "auto" else requested(name)
+        self._set()
+
+    def _set(self) -> None:
+        global _default
+        _default = self.name
 
     def __enter__(self) -> None:
-        pass
+        if _default != self.name:  # entered again, or later than made
+            self.previous = _default
+            self._set()
 
     def __exit__(self, *_: object) -> None:
         global _default

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels._core import ops, registry
 from mmkernels._core.registry import Explanation
+from mmkernels._core.values import readable
 from mmkernels.attention import checks, masks, reference
 from mmkernels.attention.autograd import attend
 from mmkernels.attention.dropout import draw_seed
@@ -49,6 +50,7 @@ def dense(
 ) -> Call:
     """Checks the arguments of `mmkernels.attention`; `where` is the name in error messages."""
     backend = registry.requested(backend)
+    checks.check_types(where, causal, generator)
     q, k, v, bias = checks.autocast(q, k, v, bias)
     checks.check_qkv(where, q, k, v)
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -114,7 +116,10 @@ def varlen(
         mask = mask & packing
     elif mask is None:
         mask = packing
-    one_diagonal = cu_seqlens_q is cu_seqlens_k and q.shape[0] == k.shape[0]
+    alike = cu_seqlens_q is cu_seqlens_k or (
+        readable(cu_seqlens_q, cu_seqlens_k) and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    )
+    one_diagonal = alike and q.shape[0] == k.shape[0]
     if alibi_slopes is not None and not one_diagonal:
         # The kernels count distances from one diagonal; sequences of unlike lengths have several.
         slopes = checks.check_alibi(where, alibi_slopes, q[None])
@@ -142,6 +147,7 @@ def sdpa(
 ) -> Call:
     """Checks the arguments of `mmkernels.scaled_dot_product_attention`."""
     where = "scaled_dot_product_attention"
+    query, key, value, attn_mask = checks.autocast(query, key, value, attn_mask)
     query, key, value, attn_mask = checks.check_sdpa(
         where, query, key, value, attn_mask, is_causal, enable_gqa
     )
@@ -153,7 +159,14 @@ def sdpa(
     elif is_causal:
         mask = masks.top_left(q.shape[1], k.shape[1], device=q.device)
     return dense(
-        q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, softmax_scale=scale, where=where
+        q,
+        k,
+        v,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        where=where,
     )
 
 

@@ -17,8 +17,11 @@ from mmkernels.attention.interval import IntervalMask, dense_bounds
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def autocast(*tensors: Tensor | None) -> Any:
-    """Casts floating tensors but float64 to autocast's dtype, as SDPA does; q is the first."""
+def autocast(*tensors: Tensor | None, unless: torch.dtype = torch.float64) -> Any:
+    """Casts floating tensors but float64 to autocast's dtype, as SDPA does; q is the first.
+
+    Those of dtype `unless` stay as they are.
+    """
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -27,7 +30,7 @@ def autocast(*tensors: Tensor | None) -> Any:
         tensor.to(dtype)
         if isinstance(tensor, Tensor)
         and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
+        and tensor.dtype not in (torch.float64, unless)
         else tensor
         for tensor in tensors
     )
@@ -103,6 +106,17 @@ def check_like(where: str, **tensors: Tensor) -> None:
                 f"{where}: {first_name} is on {first.device} and {name} on {tensor.device}; move "
                 f"one, e.g. {name}.to({first_name}.device)"
             )
+
+
+def check_types(where: str, causal: bool, generator: torch.Generator | None) -> None:
+    """Raises unless causal is a bool and generator a Generator or None."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"{where}: causal is {causal!r}; it must be True or False")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{where}: generator is {type(generator).__name__}; it must be a torch.Generator, e.g. "
+            "torch.Generator(q.device).manual_seed(0)"
+        )
 
 
 def check_numbers(

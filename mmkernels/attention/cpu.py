@@ -115,7 +115,9 @@ def backward(
         delta = delta if dlse is None else delta - dlse
         sink_weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
         dsinks = -(sink_weight * delta).sum((0, 2)).to(sinks.dtype)
-    dims = (q.shape[-1], k.shape[-1], v.shape[-1])
+    dims, dtype = (q.shape[-1], k.shape[-1], v.shape[-1]), q.dtype
+    if dlse is not None and dtype.itemsize == 2:  # float16 may not hold dlse
+        q, k, v, out, dout = (x.to(lse.dtype) for x in (q, k, v, out, dout))
     width = max(dims) + (dlse is not None)
     q, k, v, out, dout = (widened(x, width) for x in (q, k, v, out, dout))
     if dlse is not None:
@@ -138,9 +140,11 @@ def backward(
                 places = (block.rows, piece.keys, piece.keys)
                 for total, part, place in zip(sums, parts, places, strict=True):
                     total[batch, place] += part
-        dq, dk, dv = (total.to(q.dtype) for total in sums)
+        dq, dk, dv = (total.to(dtype) for total in sums)
         grads = (dq, dk, dv)
-    dq, dk, dv = (grad[..., :dim].contiguous() for grad, dim in zip(grads, dims, strict=True))
+    dq, dk, dv = (
+        grad[..., :dim].to(dtype).contiguous() for grad, dim in zip(grads, dims, strict=True)
+    )
     return dq, dk, dv, none, dsinks
 
 

@@ -1,9 +1,9 @@
 """torch's CPU flash attention kernel in this package's layout, called only where it is right.
 
 `aten::_scaled_dot_product_flash_attention_for_cpu` dies on empty inputs and returns garbage for a
-last stride other than 1, or for a row that sees no key; it needs D = Dv, and multiplies NaN in a
-hidden value by
-0. Callers give it non-empty inputs of one head dim (`widened`) and rows that see a key.
+last stride other than 1, for a row that sees no key, and if causal for a scale below 0. It needs
+D = Dv, multiplies NaN in a hidden value by 0, and loses NaN in a key if that is the only one.
+Callers give it non-empty inputs of one head dim (`widened`) and rows that see a key.
 
 Grouped heads cost no copy: a batch element's (Hkv, Hq / Hkv) are the batch and the heads of a call,
 and the keys are expanded with stride 0.

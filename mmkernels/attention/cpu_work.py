@@ -47,6 +47,7 @@ class Work:
         self.dtype = lse_dtype(q.dtype)
         self.softmax_scale = softmax_scale
         self.bias, self.slopes = bias, alibi_slopes
+        self.tensor_added = bias is not None or alibi_slopes is not None
         self.bias_hides = bias is not None and (
             bias.dtype == torch.bool or bool(torch.isneginf(bias).any())
         )
@@ -66,7 +67,8 @@ class Work:
     ) -> Iterator[tuple[slice, Block]]:
         if q.numel() == 0 or v.numel() == 0:
             return
-        tiled = self.careful or self.bias is not None or self.slopes is not None
+        # The kernel's own causal mask is scaled: a scale below 0 turns its -inf into inf.
+        tiled = self.careful or self.tensor_added or self.softmax_scale <= 0.0
         batches = [slice(0, q.shape[0])]
         if q.shape[2] != k.shape[2] or (start is not None and start.shape[0] > 1):
             batches = [slice(b, b + 1) for b in range(q.shape[0])]
@@ -74,6 +76,8 @@ class Work:
             blocks = full_plan(q.shape[1], k.shape[1], tiled)
             yield from ((batch, block) for batch in batches for block in blocks)
             return
+        # Bounds are data, which may have changed since they were checked.
+        start, end = (bound.clamp(0, k.shape[1]) for bound in (start, end))
         for batch in batches:
             row = batch.start if start.shape[0] > 1 else 0
             yield from ((batch, block) for block in plan(start[row], end[row], tiled))

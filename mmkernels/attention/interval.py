@@ -68,6 +68,9 @@ class IntervalMask:
         start, end = start.to(torch.int32), end.to(torch.int32)
         self.start, self.end, self.seqlen_k = *_normal(start, end), seqlen_k
 
+    # What key_rows returned, and from what it was made.
+    _key_rows: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+
     @classmethod
     def _of(cls, start: Tensor, end: Tensor, seqlen_k: int | None) -> "IntervalMask":
         """A mask from bounds known to be valid."""
@@ -84,6 +87,11 @@ class IntervalMask:
     def device(self) -> torch.device:
         """Where the bounds lie."""
         return self.start.device
+
+    def versions(self) -> tuple[int, int]:
+        """Counts of in-place changes of start and end; (0, 0) for inference tensors."""
+        start, end = self.start, self.end
+        return (0, 0) if start.is_inference() else (start._version, end._version)
 
     def to(self, device: torch.device | str) -> "IntervalMask":
         """The mask with its bounds on `device`."""
@@ -233,6 +241,14 @@ class IntervalMask:
         seqlen_k = self.seqlen_k if seqlen_k is None else seqlen_k
         if seqlen_k is None:
             raise ValueError("key_rows: this mask does not know its number of keys; pass seqlen_k")
+        if torch.compiler.is_compiling():
+            return self._transposed(seqlen_k)
+        made_from = (seqlen_k, self.versions())
+        if self._key_rows is None or self._key_rows[0] != made_from:
+            self._key_rows = (made_from, self._transposed(seqlen_k))
+        return self._key_rows[1]
+
+    def _transposed(self, seqlen_k: int) -> tuple[Tensor, Tensor]:
         row = torch.arange(self.shape[1], device=self.device, dtype=torch.int32).expand(self.shape)
         none = self.shape[1]
         first = _scatter_min(self.start, self.end, row, seqlen_k, none)

@@ -47,7 +47,8 @@ def prepare(
 ) -> Prepared:
     """Checks the arguments of `mmkernels.attention_with_kvcache`; writes nothing."""
     backend = registry.requested(backend)
-    q, k, v = checks.autocast(q, k, v)
+    if isinstance(k_cache, Tensor):  # autocast must not take them away from the cache's dtype
+        q, k, v = checks.autocast(q, k, v, unless=k_cache.dtype)
     checks.check_qkv(
         _WHERE, q, k_cache, v_cache, "k_cache", "v_cache", same_batch=block_table is None
     )
@@ -190,7 +191,11 @@ def _check_lengths(
 
 
 def _check_block_table(q: Tensor, block_table: Tensor) -> None:
-    masks.check_integers(_WHERE, block_table=block_table)
+    if not isinstance(block_table, Tensor) or block_table.dtype not in (torch.int32, torch.int64):
+        got = getattr(block_table, "dtype", type(block_table).__name__)
+        raise TypeError(
+            f"{_WHERE}: block_table is {got}; it must be an integer tensor, int32 or int64"
+        )
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0]:
         raise ValueError(
             f"{_WHERE}: block_table has shape {tuple(block_table.shape)}; it must be "

@@ -32,8 +32,11 @@ __all__ = [
 
 Device = torch.device | str | None
 
-_cache: dict[tuple, IntervalMask] = {}
+_cache: dict[tuple, tuple[IntervalMask, tuple[int, int]]] = {}
 _CACHE_SIZE = 256
+
+# Farther than any key, and no overflow when added to a position in int32.
+_UNREACHABLE = 2**30
 
 
 def full(seqlen_q: int, seqlen_k: int | None = None, *, device: Device = None) -> IntervalMask:
@@ -73,7 +76,8 @@ def window(
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
     left, right = check_window_size("window", window_size)
     _check_sizes("window", seqlen_q=seqlen_q, seqlen_k=seqlen_k)
-    device = torch.device("cpu" if device is None else device)
+    if not torch.compiler.is_compiling():  # the cache needs to know which; a graph need not
+        device = torch.get_default_device() if device is None else torch.device(device)
 
     def build() -> IntervalMask:
         position = torch.arange(seqlen_q, dtype=torch.int32, device=device) + (seqlen_k - seqlen_q)
@@ -302,7 +306,7 @@ def check_window_size(where: str, window_size: tuple[int, int]) -> tuple[int, in
         raise TypeError(f"{where}: window_size is {window_size!r}; both must be ints")
     if left < -1 or right < -1:
         raise ValueError(f"{where}: window_size is {window_size!r}; both must be >= -1 (unbounded)")
-    return left, right
+    return min(left, _UNREACHABLE), min(right, _UNREACHABLE)
 
 
 def check_cu_seqlens(where: str, name: str, cu_seqlens: Tensor, total: int) -> None:
@@ -364,8 +368,8 @@ def _cached(key: tuple, build: Callable[[], IntervalMask]) -> IntervalMask:
     """The mask under `key`, built outside of inference mode so that autograd may save it later."""
     if torch.compiler.is_compiling():
         return build()
-    mask = _cache.get(key)
-    if mask is None:
+    mask, versions = _cache.get(key, (None, None))
+    if mask is None or versions != mask.versions():  # somebody has written into the bounds
         with torch.inference_mode(False):
             mask = build()
         device = key[-1]
@@ -374,5 +378,5 @@ def _cached(key: tuple, build: Callable[[], IntervalMask]) -> IntervalMask:
         if type(mask.start) is Tensor and not recorded:
             while len(_cache) >= _CACHE_SIZE:
                 _cache.pop(next(iter(_cache)), None)
-            _cache[key] = mask
+            _cache[key] = mask, mask.versions()
     return mask

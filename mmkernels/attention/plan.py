@@ -66,7 +66,7 @@ def plan(start: Tensor, end: Tensor, tiled: bool) -> tuple[Block, ...]:
         end: one past the last key of each row.
         tiled: no causal pieces and no block above TILE_ROWS rows, for work that is materialised.
     """
-    if start.shape[0] == 1:
+    if start.shape[0] == 1 and not tiled:
         k0, k1 = int(start), int(end)
         return (Block(0, 1, (Piece(k0, k1),)),) if k1 > k0 else ()
     return _plan(start.numpy().tobytes(), end.numpy().tobytes(), tiled)
@@ -76,11 +76,11 @@ def plan(start: Tensor, end: Tensor, tiled: bool) -> tuple[Block, ...]:
 def full_plan(seqlen_q: int, seqlen_k: int, tiled: bool) -> tuple[Block, ...]:
     """The blocks where every row sees every key."""
     rows = TILE_ROWS if tiled else max(seqlen_q, 1)
-    piece = Piece(0, seqlen_k)
-    return tuple(Block(r0, min(r0 + rows, seqlen_q), (piece,)) for r0 in range(0, seqlen_q, rows))
+    pieces = _cut_keys((Piece(0, seqlen_k),)) if tiled else (Piece(0, seqlen_k),)
+    return tuple(Block(r0, min(r0 + rows, seqlen_q), pieces) for r0 in range(0, seqlen_q, rows))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _plan(start_bytes: bytes, end_bytes: bytes, tiled: bool) -> tuple[Block, ...]:
     start, end = np.frombuffer(start_bytes, np.int32), np.frombuffer(end_bytes, np.int32)
     blocks: list[Block] = []
@@ -89,7 +89,19 @@ def _plan(start_bytes: bytes, end_bytes: bytes, tiled: bool) -> tuple[Block, ...
         blocks += _tiles(start, end, row, r0)
         blocks += _run(start, end, r0, r1)
         row = r1
-    return (*blocks, *_tiles(start, end, row, len(start)))
+    blocks += _tiles(start, end, row, len(start))
+    if tiled:
+        blocks = [block._replace(pieces=_cut_keys(block.pieces)) for block in blocks]
+    return tuple(blocks)
+
+
+def _cut_keys(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """The pieces, those that all rows see cut into TILE_KEYS keys."""
+    return tuple(
+        piece if piece.bounds else Piece(k0, min(k0 + TILE_KEYS, piece.k1))
+        for piece in pieces
+        for k0 in (range(piece.k0, piece.k1, TILE_KEYS) if piece.bounds is None else (piece.k0,))
+    )
 
 
 def _long_runs(start: np.ndarray, end: np.ndarray) -> list[tuple[int, int]]:

@@ -94,6 +94,7 @@ def run(rounds: int) -> Section:
 def image_memory(name: str) -> float | None:
     """MiB by which resident memory rises while the photograph is read; None where not known."""
     forward, _ = _model(name)
+    forward()  # starts the threads
     return peak_rise(forward)
 
 

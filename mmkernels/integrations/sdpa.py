@@ -33,7 +33,8 @@ class sdpa_override(TorchFunctionMode):
 
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()
-        self.backend = registry.requested(backend)
+        registry.requested(backend)  # a wrong name is refused here
+        self.backend = backend
         # torch turns the mode off while it runs the body of this Python function, so the body gets
         # ours by name.
         self._multi_head_attention = _copy_with_names(
@@ -51,6 +52,8 @@ class sdpa_override(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.backend == "auto":
+            return mm.scaled_dot_product_attention(*args, **kwargs)
         with mm.use_backend(self.backend):
             return mm.scaled_dot_product_attention(*args, **kwargs)
 

@@ -396,3 +396,31 @@ def test_the_cache_stays_small():
     for seqlen in range(2 * masks._CACHE_SIZE):
         masks.causal(1, seqlen)
     assert len(masks._cache) <= masks._CACHE_SIZE
+
+
+def test_are_cached_masks_safe_from_their_users():
+    masks.causal(23).end.fill_(1)
+    assert torch.equal(masks.causal(23).to_dense()[0], torch.ones(23, 23).tril().bool())
+
+
+def test_does_a_window_of_int_max_mean_unbounded():
+    wide = masks.window(9, 12, window_size=(2**31 - 1, 2**33))
+    assert torch.equal(wide.to_dense(), masks.full(9, 12).to_dense())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_do_bounds_edited_beyond_the_keys_stay_inside(backend):
+    q, k, v = (torch.randn(1, 16, 2, 8) for _ in range(3))
+    mask = masks.window(16, window_size=(3, 3))
+    mask = IntervalMask(mask.start.clone(), mask.end.clone(), 16)
+    mask.end.add_(20)
+    mask.start.sub_(30)
+    full = mm.attention(q, k, v)
+    torch.testing.assert_close(mm.attention(q, k, v, mask=mask, backend=backend), full)
+
+
+def test_is_the_transposed_mask_kept_and_made_anew():
+    mask = IntervalMask(torch.tensor([0, 1]), torch.tensor([2, 3]), 3)
+    assert mask.key_rows() is mask.key_rows()
+    mask.end[0, 0] = 1
+    assert mask.key_rows()[1].tolist() == [[1, 2, 2]]

@@ -121,3 +121,34 @@ def test_sinks(shape, mask, dtype):
 @pytest.mark.parametrize("forward", BACKENDS)
 def test_bias(forward, mask, dtype):
     check(SHAPES["grouped"], mask, dtype, forward, "reference", extra=("bias", "sinks"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_softmax_scale_that_is_not_positive(scale, dtype):
+    """torch's CPU kernel scales its own causal -inf."""
+    q, k, v = testing.make_qkv(1, 200, 200, 2, 2, 16, dtype=dtype)
+    got = mm.attention(q, k, v, causal=True, softmax_scale=scale, return_lse=True, backend="cpu")
+    wide = (x.double() for x in (q, k, v))
+    exact = mm.attention(*wide, causal=True, softmax_scale=scale, return_lse=True)
+    for one, other in zip(got, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=0.02, rtol=0.02)
+
+
+def test_lse_gradient_beyond_float16():
+    q, k, v = (x.requires_grad_() for x in testing.make_qkv(1, 9, 9, 2, 2, 16, dtype=torch.float16))
+    grads = []
+    for backend in ("cpu", "reference"):
+        _, lse = mm.attention(q, k, v, return_lse=True, backend=backend)
+        grads.append(torch.autograd.grad(lse.sum() * 1e5, q)[0])
+    assert grads[0].isfinite().all()
+    torch.testing.assert_close(*grads, rtol=2e-3, atol=10.0)
+
+
+def test_bias_is_cut_into_tiles_of_keys():
+    q, k, v = testing.make_qkv(1, 130, 2100, 2, 2, 8)
+    bias = torch.randn(2, 130, 2100)
+    bias[:, 5, :1024] = -torch.inf  # a whole tile of row 5
+    got = mm.attention(q, k, v, bias=bias, return_lse=True, backend="cpu")
+    wanted = mm.attention(q, k, v, bias=bias, return_lse=True, backend="reference")
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
