@@ -22,7 +22,7 @@ def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
 def peak_rise(work: Callable[[], object]) -> float | None:
     """MiB by which this process's resident memory rose at its highest while `work` ran.
 
-    None where the system has no /proc (the kernel keeps the highest value, so no peak is missed).
+    The kernel keeps the highest value, so no peak is missed. None where the system has no /proc.
     """
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
