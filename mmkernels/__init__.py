@@ -1,4 +1,4 @@
-"""Fused attention and patch embedding for multimodal transformers.
+"""Fused attention for multimodal transformers.
 
 `mm.attention` and its relatives run on the fastest backend that can serve a call, are checked
 against one plain PyTorch reference, and work on any CPU. Importing the package touches no driver;
