@@ -5,13 +5,10 @@ import torch
 from torch import Tensor
 
 import mmkernels as mm
+from tests.attention.right_calls import integers
 
 masks = mm.masks
 B, SQ, SK, HQ, HKV, D, DV = 2, 5, 7, 4, 2, 8, 6
-
-
-def integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def expected_rows(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:

@@ -1,34 +1,15 @@
 """Does a backend that is wrong, or cannot, say so, and leave everything as it was?"""
 
 import pytest
-import torch
-from torch import Tensor
 
 import mmkernels as mm
-
-B, SQ, SK, HQ, HKV, D, DV = 2, 5, 7, 4, 2, 8, 6
-
-
-def ones(*shape: int, **options: object) -> Tensor:
-    return torch.ones(shape, **options)
-
-
-def integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def attention(**changes: object) -> object:
-    """A call that is right but for the changes."""
-    q, k, v = ones(B, SQ, HQ, D), ones(B, SK, HKV, D), ones(B, SK, HKV, DV)
-    return mm.attention(**{"q": q, "k": k, "v": v} | changes)
-
-
-def decode(**changes: object) -> object:
-    arguments = {
-        "q": ones(B, 1, HQ, D), "k_cache": ones(B, SK, HKV, D), "v_cache": ones(B, SK, HKV, DV),
-        "cache_seqlens": integers(3, 4),
-    }  # fmt: skip
-    return mm.attention_with_kvcache(**arguments | changes)
+from tests.attention.right_calls import (
+    SK,
+    SQ,
+    attention,
+    decode,
+    ones,
+)
 
 
 def chosen() -> str | None:
