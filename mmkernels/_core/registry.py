@@ -2,7 +2,8 @@
 
 A backend of an operation is a plain function with the operation's arguments (all but the trailing
 `backend`) beside `why_not`, which takes the same arguments and returns None if the backend can
-serve them, else the reason. A choice by name comes from the `backend=` argument, else
+serve them, else the reason. `only_by_name` does the same for calls that it can serve and that
+"auto" had better give to another. A choice by name comes from the `backend=` argument, else
 `use_backend`, else the environment variable MMKERNELS_BACKEND (read at import); otherwise "auto"
 takes the first backend in order of preference that does not decline.
 """
@@ -24,6 +25,18 @@ class Backend(NamedTuple):
     name: str
     fn: Callable[..., Any]
     why_not: Callable[..., str | None]
+    only_by_name: Callable[..., str | None]
+
+    def declines(self, requested: str, inputs: tuple) -> str | None:
+        """Why this backend does not serve a request for `requested` ("auto" or a name)."""
+        reason = self.why_not(*inputs)
+        if reason is None and requested != self.name:
+            reason = self.only_by_name(*inputs)
+        return reason
+
+
+def _never(*inputs: object) -> None:
+    """Nothing is served by name alone."""
 
 
 _table: dict[str, tuple[Backend, ...]] = {}
@@ -32,11 +45,18 @@ _default = os.environ.get("MMKERNELS_BACKEND", "auto")
 
 
 def register(
-    op: str, name: str, fn: Callable[..., Any], why_not: Callable[..., str | None]
+    op: str,
+    name: str,
+    fn: Callable[..., Any],
+    why_not: Callable[..., str | None],
+    only_by_name: Callable[..., str | None] = _never,
 ) -> None:
     """Adds backend `name` to operation `op`; called once, at the end of a backend's file."""
     others = [backend for backend in _table.get(op, ()) if backend.name != name]
-    ordered = sorted([*others, Backend(name, fn, why_not)], key=lambda b: PREFERENCE.index(b.name))
+    ordered = sorted(
+        [*others, Backend(name, fn, why_not, only_by_name)],
+        key=lambda backend: PREFERENCE.index(backend.name),
+    )
     _table[op] = tuple(ordered)
 
 
@@ -60,9 +80,9 @@ def requested(backend: str) -> str:
     return name
 
 
-def reasons(op: str, inputs: tuple) -> dict[str, str | None]:
-    """Each backend's reason for declining these inputs, None where it would serve them."""
-    return {backend.name: backend.why_not(*inputs) for backend in _table[op]}
+def reasons(op: str, name: str, inputs: tuple) -> dict[str, str | None]:
+    """Each backend's reason for declining a request for `name`, None where it would serve it."""
+    return {backend.name: backend.declines(name, inputs) for backend in _table[op]}
 
 
 def select(op: str, name: str, inputs: tuple) -> Callable[..., Any]:
@@ -72,9 +92,9 @@ def select(op: str, name: str, inputs: tuple) -> Callable[..., Any]:
         BackendUnavailable: the named backend declines or does not exist for `op`.
     """
     for backend in _table[op]:
-        if name in ("auto", backend.name) and backend.why_not(*inputs) is None:
+        if name in ("auto", backend.name) and backend.declines(name, inputs) is None:
             return backend.fn
-    table = reasons(op, inputs)
+    table = reasons(op, name, inputs)
     table.setdefault(name, f"mmkernels has no {name} backend for {op}")
     raise BackendUnavailable(op, name, table)
 
@@ -137,7 +157,7 @@ def explain_op(
     op: str, name: str, inputs: tuple, backward: Explanation | None = None
 ) -> Explanation:
     """The `Explanation` for one operation and its checked inputs."""
-    table = reasons(op, inputs)
+    table = reasons(op, name, inputs)
     if name == "auto":
         chosen = next((key for key, reason in table.items() if reason is None), None)
     else:
