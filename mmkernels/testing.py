@@ -61,6 +61,15 @@ MASKS: dict[str, MaskBuilder] = {
 }
 
 
+def device_for(backend: str) -> str:
+    """Where a test of this backend puts its tensors: on the GPU if it needs one and there is one.
+
+    Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
+    """
+    on_gpu = backend in ("triton", "cuda", "sdpa") and torch.cuda.is_available()
+    return "cuda" if on_gpu else "cpu"
+
+
 def make_qkv(
     batch: int,
     seqlen_q: int,

@@ -14,7 +14,10 @@ import mmkernels as mm
 from mmkernels._core.registry import Explanation
 
 # What a user can do where a backend declines a sample call.
-REMEDIES = {"cpu": "pass tensors that are on the CPU"}
+REMEDIES = {
+    "cpu": "pass tensors that are on the CPU",
+    "triton": 'pass tensors that are on a GPU; without triton: pip install "mmkernels[triton]"',
+}
 
 # The test fails on an error of more roundings than this, relative to the largest value.
 ALLOWED_ROUNDINGS = 16

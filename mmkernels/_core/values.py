@@ -22,3 +22,12 @@ def readable(*tensors: Tensor | None) -> bool:
         )
         for tensor in tensors
     )
+
+
+def captured(device: torch.device) -> bool:
+    """True while a CUDA graph records what happens there: its memory is the graph's own."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_initialized()
+        and torch.cuda.is_current_stream_capturing()
+    )

@@ -1,3 +1,8 @@
 """Attention over interval masks. The public names are in `api.py` and `masks.py`."""
 
-from mmkernels.attention import cpu, decode, reference  # noqa: F401 (each registers its backend)
+from mmkernels.attention import (  # noqa: F401 (each registers its backend)
+    cpu,
+    decode,
+    reference,
+    triton_backend,
+)

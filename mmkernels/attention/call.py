@@ -177,10 +177,12 @@ def run(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers = call.inputs
     if call.backend == "reference" and not torch.compiler.is_compiling():
         return reference.differentiable(*call.inputs)
-    if call.backend != "auto":  # better now than in the middle of the backward pass
+    # Better now than in the middle of the backward pass; a tracer has no use for the choice.
+    if call.backend != "auto" and not torch.compiler.is_compiling():
         registry.select("attention_backward", call.backend, _backward_inputs(call))
     row_start = row_end = None
-    if call.mask is not None and q.device.type != "cpu":  # the CPU backends go by rows alone
+    # The backends for CPU tensors go by rows alone.
+    if call.mask is not None and (q.device.type != "cpu" or call.backend == "triton"):
         row_start, row_end = call.mask.key_rows(k.shape[1])
     return attend(
         q, k, v, start, end, row_start, row_end, bias, alibi_slopes, sinks, seed,

@@ -9,7 +9,7 @@ CUDA graph replays with new ones. An empty row is stored as (0, 0).
 import torch
 from torch import Tensor
 
-from mmkernels._core.values import readable
+from mmkernels._core.values import captured, readable
 
 
 class IntervalMask:
@@ -241,7 +241,8 @@ class IntervalMask:
         seqlen_k = self.seqlen_k if seqlen_k is None else seqlen_k
         if seqlen_k is None:
             raise ValueError("key_rows: this mask does not know its number of keys; pass seqlen_k")
-        if torch.compiler.is_compiling():
+        # A graph makes its own at every replay, from the bounds of that time.
+        if torch.compiler.is_compiling() or captured(self.device):
             return self._transposed(seqlen_k)
         made_from = (seqlen_k, self.versions())
         if self._key_rows is None or self._key_rows[0] != made_from:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmkernels._core.values import readable
+from mmkernels._core.values import captured, readable
 from mmkernels.attention.interval import IntervalMask
 
 __all__ = [
@@ -368,14 +368,14 @@ def _cached(key: tuple, build: Callable[[], IntervalMask]) -> IntervalMask:
     """The mask under `key`, built outside of inference mode so that autograd may save it later."""
     if torch.compiler.is_compiling():
         return build()
-    mask, versions = _cache.get(key, (None, None))
+    # Under a mode like FakeTensorMode a mask that was made outside is of no use.
+    moded = torch._C._len_torch_dispatch_stack() > 0
+    mask, versions = (None, None) if moded else _cache.get(key, (None, None))
     if mask is None or versions != mask.versions():  # somebody has written into the bounds
         with torch.inference_mode(False):
             mask = build()
-        device = key[-1]
-        recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # A fake tensor must not outlive its mode, nor memory of a graph capture its graph.
-        if type(mask.start) is Tensor and not recorded:
+        if type(mask.start) is Tensor and not moded and not captured(key[-1]):
             while len(_cache) >= _CACHE_SIZE:
                 _cache.pop(next(iter(_cache)), None)
             _cache[key] = mask, mask.versions()
