@@ -9,6 +9,7 @@ from mmkernels import __version__
 VERBS = {
     "doctor": "what is installed, which backend would run, and why not the others",
     "demo": "real weights, real text and a real photograph, beside eager PyTorch and SDPA",
+    "tune": "measure the Triton kernels' tile sizes on this GPU and keep the best",
 }
 
 
@@ -18,6 +19,10 @@ def run(verb: str, argv: list[str]) -> int:
         from mmkernels import demo
 
         return demo.main(argv)
+    if verb == "tune":
+        from mmkernels import tune
+
+        return tune.main(argv)
     from mmkernels import doctor
 
     return doctor.main(argv)

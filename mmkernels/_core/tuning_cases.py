@@ -1,0 +1,166 @@
+"""What tuning runs: one call of an op a problem, with the reference's results beside it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmkernels import testing
+from mmkernels._core import ops
+from mmkernels._core.tuning import Problem
+from mmkernels.attention.decode import bounds
+from mmkernels.attention.interval import IntervalMask
+
+
+class Sizes(NamedTuple):
+    """Of a call's tensors."""
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    kv_heads: int
+
+
+# Timed: enough tiles for every multiprocessor. Checked: lengths that no tile divides, and more keys
+# than four stages of tiles hold.
+TIMED, CHECKED = Sizes(4, 2048, 2048, 16, 4), Sizes(2, 261, 653, 4, 2)
+TIMED_DECODE, CHECKED_DECODE = Sizes(32, 1, 4096, 32, 8), Sizes(3, 1, 653, 8, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and what can be done with it.
+
+    Attributes:
+        problem: whose kernel is run.
+        verify: runs the kernel on a small input; raises unless the results obey the error rule.
+        run: runs it on a large one.
+    """
+
+    problem: Problem
+    verify: Callable[[], None]
+    run: Callable[[], object]
+
+
+def make_case(
+    problem: Problem,
+    device: torch.device | str,
+    *,
+    timed: Sizes | None = None,
+    checked: Sizes | None = None,
+    backend: str = "triton",
+) -> Case:
+    """The case of a problem, with the usual sizes unless others are given."""
+    decode = problem.kernel == "decode"
+    large = _Call(problem, timed or (TIMED_DECODE if decode else TIMED), device, "causal")
+    small = _Call(problem, checked or (CHECKED_DECODE if decode else CHECKED), device, "ragged")
+    # The small call's from the reference, so that only the backward pass's error counts.
+    small.made = out, lse = small.forward("reference", torch.float64)
+    large.made = large.forward(backend, problem.dtype) if large.backward else None
+    exact = small.run("reference", torch.float64)
+    eager = small.eager()
+    delta = (small.dout.double() * out).sum(-1).transpose(1, 2) - small.dlse
+    rounding = testing.attention_rounding(problem.dtype, lse, *[delta] * small.backward)
+
+    def verify() -> None:
+        got = small.run(backend, problem.dtype)
+        for name, x, wanted, yardstick in zip(small.names, got, exact, eager, strict=True):
+            testing.assert_accurate(name, x, wanted, yardstick, rounding)
+
+    return Case(problem, verify, lambda: large.run(backend, problem.dtype))
+
+
+class _Call:
+    """The inputs of the op that runs a problem's kernel.
+
+    Attributes:
+        backward: it is a backward op.
+        names: of its results.
+        made: out, lse of the forward pass, for a backward op.
+    """
+
+    made: tuple[Tensor, Tensor] | None = None
+
+    def __init__(
+        self, problem: Problem, sizes: Sizes, device: torch.device | str, mask: str
+    ) -> None:
+        kernel, head_dim, value_dim, dtype, masked, _ = problem
+        self.kernel, self.dtype = kernel, dtype
+        self.qkv = testing.make_qkv(*sizes, head_dim, value_dim, dtype=dtype, device=device)
+        generator = torch.Generator().manual_seed(1)
+        batch, seqlen_q, seqlen_k, heads, _ = sizes
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
+        self.bias = None
+        if problem.bias or kernel == "backward_bias":
+            self.bias = normal(1, heads, seqlen_q, seqlen_k).to(dtype)
+        self.dout = normal(batch, seqlen_q, heads, value_dim).to(dtype)
+        self.dlse = normal(batch, heads, seqlen_q)
+        self.mask: IntervalMask | None = None
+        if kernel == "decode":
+            lengths = seqlen_k - torch.arange(batch, dtype=torch.int32) * (seqlen_k // (2 * batch))
+            self.lengths = lengths.to(device)
+            self.mask = IntervalMask(*bounds(self.lengths, seqlen_q, -1, 0), seqlen_k)
+        elif masked:
+            built = testing.MASKS[mask](batch, seqlen_q, seqlen_k)
+            self.mask = built.to(device) if built is not None else None
+        self.backward = kernel.startswith("backward")
+        self.names = ["dq", "dk", "dv"] if self.backward else ["out", "lse"]
+        if kernel == "backward_bias":
+            self.names.append("dbias")
+
+    def forward(self, backend: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """out, lse."""
+        q, k, v = (x.to(dtype) for x in self.qkv)
+        start, end = (None, None) if self.mask is None else (self.mask.start, self.mask.end)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        scale = q.shape[-1] ** -0.5
+        return ops.attention_forward(
+            q, k, v, start, end, bias, None, None, None, scale, 0.0, 0.0, backend
+        )
+
+    def run(self, backend: str, dtype: torch.dtype) -> list[Tensor]:
+        """The results that `names` says, from inputs cast to dtype."""
+        if self.made is not None and self.backward:
+            return self._run_backward(backend, dtype, *self.made)
+        if self.kernel != "decode":
+            return list(self.forward(backend, dtype))
+        q, k, v = (x.to(dtype) for x in self.qkv)
+        numbers = (q.shape[-1] ** -0.5, 0.0, -1, 0)
+        return list(
+            ops.attention_decode(q, k, v, self.lengths, None, None, None, *numbers, backend)
+        )
+
+    def _run_backward(
+        self, backend: str, dtype: torch.dtype, out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
+        dout, q, k, v, out = (x.to(dtype) for x in (self.dout, *self.qkv, out))
+        dlse, lse = (x.to(ops.lse_dtype(dtype)) for x in (self.dlse, lse))
+        ranges: tuple[Tensor | None, ...] = (None,) * 4
+        if self.mask is not None:
+            ranges = (self.mask.start, self.mask.end, *self.mask.key_rows(k.shape[1]))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        results = ops.attention_backward(
+            dout, dlse, q, k, v, out, lse, *ranges, bias, None, None, None,
+            q.shape[-1] ** -0.5, 0.0, 0.0, self.kernel == "backward_bias", True, backend,
+        )  # fmt: skip
+        return list(results[: len(self.names)])
+
+    def eager(self) -> list[Tensor]:
+        """The same of eager PyTorch in the problem's dtype."""
+        leaves = [x.clone().requires_grad_() for x in self.qkv]
+        if self.bias is not None:
+            leaves.append(self.bias.clone().requires_grad_())
+        dense = None if self.mask is None else self.mask.to_dense(leaves[1].shape[1])[:, None]
+        bias = leaves[3] if self.bias is not None else None
+        out, lse = testing.eager_attention(*leaves[:3], mask=dense, bias=bias)
+        if not self.backward:
+            return [out.detach(), lse.detach()]
+        results = [out, lse.where(lse > -torch.inf, 0.0)]
+        cotangents = [self.dout, self.dlse.to(lse.dtype)]
+        return list(torch.autograd.grad(results, leaves[: len(self.names)], cotangents))
