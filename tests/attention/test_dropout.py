@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 import mmkernels as mm
+from mmkernels import testing
+from mmkernels._core import ops
 from mmkernels.attention.dropout import draw_seed, keep_mask, philox
+from tests.attention import backends
 
 # Known answers of the generator's authors: counter, key, result; 32-bit words, lowest first.
 KNOWN_ANSWERS = {
@@ -223,10 +226,66 @@ def test_a_bias_has_its_gradient_under_dropout(backend):
     torch.autograd.gradcheck(run, (bias,))
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@backends.each("reference", "triton")
+@pytest.mark.parametrize("seed", [0, 2**62 + 12345, -1])
+@pytest.mark.parametrize("dropout_p", [0.1, 0.6, 1 - 2**-20])
+def test_every_backend_drops_the_same(dropout_p, seed, backend):
+    q, k, _ = testing.make_qkv(2, 37, 70, 3, 1, 8)
+    v = torch.eye(70)[None, :, None].expand(2, -1, -1, -1)  # out is the softmax
+    keep = keep_mask(torch.tensor([seed]), dropout_p, 2, 3, 37, 70)
+    rest = (None, None, None, None, None, torch.tensor([seed]), 0.3, 0.0, dropout_p)
+    inputs = backends.moved((q, k, v, *rest), testing.device_for(backend))
+    out, _ = backends.moved(ops.attention_forward(*inputs, backend), "cpu")
+    assert torch.equal(out.transpose(1, 2) != 0.0, keep)
+
+
+def given_seed(backend: str, dtype: torch.dtype, options: dict) -> list[Tensor]:
+    """out, lse and the gradients of q, k, v, bias and sinks under a dropout of 0.4."""
+    q, k, v = testing.make_qkv(2, 37, 70, 2, 1, 16, 24, dtype=dtype)
+    bias, sinks = (options.get(name) for name in ("bias", "sinks"))
+    mask = mm.masks.causal(37, 70) if options.get("causal") else None
+    bounds = (None, None) if mask is None else (mask.start, mask.end)
+    rows = (None, None) if mask is None else mask.key_rows(70)
+    bias = None if bias is None else bias.to(dtype)
+    scores = (bias, None, sinks, torch.tensor([2**62 + 12345]))
+    numbers = (0.3, options.get("softcap", 0.0), 0.4)
+    device = testing.device_for(backend)
+    q, k, v, bounds, rows, scores = backends.moved((q, k, v, bounds, rows, scores), device)
+    out, lse = ops.attention_forward(q, k, v, *bounds, *scores, *numbers, backend)
+    dout, dlse = normal(*out.shape, seed=8).to(out), normal(*lse.shape, seed=9).to(lse)
+    grads = ops.attention_backward(
+        dout, dlse, q, k, v, out, lse, *bounds, *rows, *scores, *numbers,
+        bias is not None, True, backend,
+    )  # fmt: skip
+    return [x.cpu() for x in (out, lse, *grads)]
+
+
+KINDS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "bias": {"bias": normal(2, 1, 1, 70, seed=5)},
+    "sinks": {"sinks": torch.tensor([0.3, -1.0])},
+    "softcap": {"softcap": 1.5, "causal": True},
+}
+
+
+@backends.each("triton")
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_the_passes_give_what_the_reference_gives_for_a_seed(options, backend):
+    got = given_seed(backend, torch.float32, options)
+    wanted = given_seed("reference", torch.float32, options)
+    exact = given_seed("reference", torch.float64, options)
+    for name, *values in zip(
+        ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks"), got, exact, wanted, strict=True
+    ):
+        testing.assert_accurate(name, *values)
+
+
+@backends.each("reference", "auto", "triton")
 def test_dropping_everything_gives_zeros(backend):
-    leaves = [x.requires_grad_() for x in qkv()]
-    out, lse = mm.attention(*leaves, dropout_p=1.0, return_lse=True, backend=backend)
+    leaves = [x.to(backends.widest(backend)).requires_grad_() for x in qkv()]
+    options = {"dropout_p": 1.0, "return_lse": True, "backend": backend}
+    out, lse = backends.call(mm.attention, *leaves, **options)
     assert not out.any() and lse.isfinite().all()
     assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmkernels as mm
+from mmkernels import testing
+from tests.attention import backends
 
-BACKENDS = ("reference", "cpu", "auto")
 HKV, D, DV = 2, 8, 6
 
 
@@ -62,6 +63,18 @@ def row_by_row(
                 weights = torch.exp(scores - lse[b, h, i])
                 out[b, i, h] = weights @ values[b][first:last, group].double()
     return out, lse
+
+
+def decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: object, backend: str = "auto", **options
+) -> object:
+    """A call where the backend runs; what it writes is then in the caches here."""
+    device = testing.device_for(backend)
+    there = backends.moved((k_cache, v_cache), device)
+    got = backends.call(mm.attention_with_kvcache, q, *there, *rest, backend=backend, **options)
+    if device != "cpu":
+        k_cache.copy_(there[0]), v_cache.copy_(there[1])
+    return got
 
 
 class Cache:
@@ -119,19 +132,18 @@ class Cache:
 
     def attend(self, q: Tensor, *new: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        return mm.attention_with_kvcache(
+        return decode(
             q, self.k, self.v, *(new or (None, None)), lengths, self.block_table, return_lse=True,
             **options,
         )  # fmt: skip
 
 
 PAGES = pytest.mark.parametrize("page_size", [None, 1, 16, 17], ids="page_size={}".format)
-BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+BACKEND = backends.each("reference", "cpu", "auto", "triton")
 
 
 def assert_close(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
-    loose = got[0].dtype != torch.float64
-    tolerance = {"atol": 4e-6, "rtol": 4e-5} if loose else {"atol": 1e-12, "rtol": 1e-10}
+    tolerance = backends.tolerance(got[0].dtype)
     for name, x, y in zip(("out", "lse"), got, wanted, strict=True):
         assert x.shape == y.shape
         torch.testing.assert_close(
@@ -177,34 +189,41 @@ OPTIONS = {
 def test_ragged_lengths(options, page_size, backend):
     if "softcap" in options and backend == "cpu":
         backend = "auto"  # the cpu backend declines softcap
-    cache = Cache([0, 20, 33], 40, page_size)
-    check(cache, normal(3, 3, 4, D, seed=9), backend, **options)
+    dtype = backends.widest(backend)
+    cache = Cache([0, 20, 33], 40, page_size, dtype=dtype)
+    check(cache, normal(3, 3, 4, D, seed=9, dtype=dtype), backend, **options)
 
 
 @BACKEND
 @PAGES
 @pytest.mark.parametrize("seqlen_q", [1, 2, 3, 4, 5])
 def test_any_number_of_rows_even_above_the_keys(seqlen_q, page_size, backend):
-    cache = Cache([3, 18, 1], 18, page_size)
-    check(cache, normal(3, seqlen_q, 4, D, seed=9), backend)
+    dtype = backends.widest(backend)
+    cache = Cache([3, 18, 1], 18, page_size, dtype=dtype)
+    check(cache, normal(3, seqlen_q, 4, D, seed=9, dtype=dtype), backend)
 
 
 @BACKEND
 @PAGES
 @pytest.mark.parametrize("lengths", [[0, 5], [5, 0], [0, 0], [0]], ids=str)
 def test_sequences_without_a_key(lengths, page_size, backend):
-    check(Cache(lengths, 18, page_size), normal(len(lengths), 1, 4, D, seed=9), backend)
+    dtype = backends.widest(backend)
+    q = normal(len(lengths), 1, 4, D, seed=9, dtype=dtype)
+    check(Cache(lengths, 18, page_size, dtype=dtype), q, backend)
 
 
 @BACKEND
 @pytest.mark.parametrize("heads", [2, 4, 6, 14])
 def test_heads_shared_in_groups(heads, backend):
-    check(Cache([5, 9], 12, 4), normal(2, 2, heads, D, seed=9), backend)
+    dtype = backends.widest(backend)
+    q = normal(2, 2, heads, D, seed=9, dtype=dtype)
+    check(Cache([5, 9], 12, 4, dtype=dtype), q, backend)
 
 
-@BACKEND
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtypes(dtype, backend):
+@backends.each_in(
+    [torch.float32, torch.bfloat16, torch.float16], "reference", "cpu", "auto", "triton"
+)
+def test_dtypes(backend, dtype):
     cache = Cache([7, 2], 9, 4, dtype=dtype)
     q = normal(2, 2, 4, D, seed=9, dtype=dtype)
     out, lse = cache.attend(q, backend=backend)
@@ -220,9 +239,10 @@ def test_dtypes(dtype, backend):
 @pytest.mark.parametrize("new", [1, 3, 17])
 @pytest.mark.parametrize("lengths", [[0, 5, 16], [15, 0, 3]], ids=str)
 def test_new_keys_are_written_where_they_belong_and_nowhere_else(lengths, new, page_size, backend):
-    cache = Cache(lengths, 40, page_size, new=new)
-    k, v = normal(3, new, HKV, D, seed=77), normal(3, new, HKV, DV, seed=78)
-    q = normal(3, min(new, 4), 4, D, seed=79)
+    dtype = backends.widest(backend)
+    cache = Cache(lengths, 40, page_size, new=new, dtype=dtype)
+    k, v = (normal(3, new, HKV, n, seed=77 + n, dtype=dtype) for n in (D, DV))
+    q = normal(3, min(new, 4), 4, D, seed=79, dtype=dtype)
     wanted = row_by_row(q, cache.held(cache.k, k), cache.held(cache.v, v))
     after = cache.k.clone(), cache.v.clone()
     for expected, added in zip(after, (k, v), strict=True):
@@ -236,16 +256,17 @@ def test_new_keys_are_written_where_they_belong_and_nowhere_else(lengths, new, p
 
 @BACKEND
 def test_decoding_step_by_step_is_attention_at_once(backend):
-    q, k, v = normal(2, 12, 4, D), normal(2, 12, HKV, D, seed=1), normal(2, 12, HKV, DV, seed=2)
+    dtype = backends.widest(backend)
+    shapes = (2, 12, 4, D), (2, 12, HKV, D), (2, 12, HKV, DV)
+    q, k, v = (normal(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
     wanted = mm.attention(q, k, v, causal=True, backend="reference")
     k_cache, v_cache = (torch.full((2, 15, *x.shape[2:]), torch.nan, dtype=x.dtype) for x in (k, v))
     first = 0
     for rows in (5, 1, 1, 3, 2):
         step = slice(first, first + rows)
-        out = mm.attention_with_kvcache(
-            q[:, step], k_cache, v_cache, k[:, step], v[:, step], first, backend=backend
-        )
-        torch.testing.assert_close(out, wanted[:, step], atol=1e-12, rtol=1e-10)
+        inputs = (q[:, step], k_cache, v_cache, k[:, step], v[:, step], first)
+        out = decode(*inputs, backend=backend)
+        torch.testing.assert_close(out, wanted[:, step], **backends.tolerance(dtype))
         first += rows
     assert torch.equal(k_cache[:, :12], k) and torch.equal(v_cache[:, :12], v)
     assert k_cache[:, 12:].isnan().all() and v_cache[:, 12:].isnan().all()
@@ -253,12 +274,13 @@ def test_decoding_step_by_step_is_attention_at_once(backend):
 
 @BACKEND
 def test_a_cache_that_is_a_view_is_written_through(backend):
-    whole = torch.full((9, 2, 2, HKV, D), torch.nan, dtype=torch.float64)  # (S, layer, B, Hkv, D)
+    dtype = backends.widest(backend)
+    whole = torch.full((9, 2, 2, HKV, D), torch.nan, dtype=dtype)  # (S, layer, B, Hkv, D)
     k_cache, v_cache = whole[:, 0].transpose(0, 1), whole[:, 1].transpose(0, 1)
-    q, k, v = normal(2, 2, 4, D), normal(2, 2, HKV, D, seed=1), normal(2, 2, HKV, D, seed=2)
-    out = mm.attention_with_kvcache(q, k_cache, v_cache, k, v, 0, backend=backend)
+    q, k, v = (normal(2, 2, n, D, seed=n, dtype=dtype) for n in (4, HKV, HKV))
+    out = decode(q, k_cache, v_cache, k, v, 0, backend=backend)
     wanted = mm.attention(q, k, v, causal=True, backend="reference")
-    torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(out, wanted, **backends.tolerance(dtype))
     assert torch.equal(whole[:2, 0].transpose(0, 1), k)
     assert torch.equal(whole[:2, 1].transpose(0, 1), v)
     assert whole[2:].isnan().all()
@@ -266,17 +288,17 @@ def test_a_cache_that_is_a_view_is_written_through(backend):
 
 @BACKEND
 def test_pages_may_be_shared(backend):
-    k_pages, v_pages = normal(5, 4, HKV, D), normal(5, 4, HKV, DV, seed=1)
+    dtype = backends.widest(backend)
+    k_pages, v_pages = (normal(5, 4, HKV, n, seed=n, dtype=dtype) for n in (D, DV))
     table = torch.tensor([[3, 1], [3, 4]], dtype=torch.int32)  # a prompt in page 3, used twice
-    q = normal(2, 1, 4, D, seed=2)
+    q = normal(2, 1, 4, D, seed=2, dtype=dtype)
     lengths = torch.tensor([7, 6], dtype=torch.int32)
     keys, values = (
         [cache[table[b].long()].flatten(0, 1)[: lengths[b]] for b in range(2)]
         for cache in (k_pages, v_pages)
     )
-    got = mm.attention_with_kvcache(
-        q, k_pages, v_pages, None, None, lengths, table, return_lse=True, backend=backend
-    )
+    rest = (None, None, lengths, table)
+    got = decode(q, k_pages, v_pages, *rest, return_lse=True, backend=backend)
     assert_close(got, row_by_row(q, keys, values))
 
 
@@ -294,13 +316,13 @@ def test_block_table_and_lengths_of_either_width(dtype):
 
 @BACKEND
 def test_cache_seqlens_as_an_int_or_missing(backend):
-    cache = Cache([6, 6], 6)
-    q = normal(2, 2, 4, D, seed=9)
+    dtype = backends.widest(backend)
+    cache = Cache([6, 6], 6, dtype=dtype)
+    q = normal(2, 2, 4, D, seed=9, dtype=dtype)
     wanted = row_by_row(q, cache.held(cache.k), cache.held(cache.v))
     for lengths in (6, None, torch.tensor([6, 6])):
-        got = mm.attention_with_kvcache(
-            q, cache.k, cache.v, cache_seqlens=lengths, return_lse=True, backend=backend
-        )
+        options = {"cache_seqlens": lengths, "return_lse": True, "backend": backend}
+        got = decode(q, cache.k, cache.v, **options)
         assert_close(got, wanted)
 
 
@@ -308,19 +330,21 @@ def test_cache_seqlens_as_an_int_or_missing(backend):
 @PAGES
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_unused_cells_never_reach_the_output(bad, page_size, backend):
-    cache = Cache([0, 7, 16], 20, page_size)
+    dtype = backends.widest(backend)
+    cache = Cache([0, 7, 16], 20, page_size, dtype=dtype)
     for stored in (cache.k, cache.v):
-        stored.nan_to_num_(nan=bad)
-    check(cache, normal(3, 4, 4, D, seed=9), backend, window_size=(3, 0))
+        stored[stored.isnan()] = bad
+    check(cache, normal(3, 4, 4, D, seed=9, dtype=dtype), backend, window_size=(3, 0))
 
 
 @BACKEND
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_keys_outside_of_the_window_never_reach_the_output(bad, backend):
-    cache = Cache([9, 9], 12)
-    clean = Cache([9, 9], 12)
+    dtype = backends.widest(backend)
+    cache = Cache([9, 9], 12, dtype=dtype)
+    clean = Cache([9, 9], 12, dtype=dtype)
     cache.k[0, 2], cache.v[0, 3], cache.k[1, 8], cache.v[1, 8] = bad, bad, bad, bad
-    q = normal(2, 2, 4, D, seed=9)  # rows at keys 7 and 8
+    q = normal(2, 2, 4, D, seed=9, dtype=dtype)  # rows at keys 7 and 8
     got = cache.attend(q, window_size=(3, 0), backend=backend)
     wanted = row_by_row(q, clean.held(clean.k), clean.held(clean.v), window_size=(3, 0))
     assert_close((got[0][0], got[1][0]), (wanted[0][0], wanted[1][0]))
@@ -389,13 +413,16 @@ def test_inference_mode():
         assert_close(cache.attend(q, k, v), wanted)
 
 
-@settings(max_examples=40)
-@given(st.data(), st.sampled_from(BACKENDS))
-def test_any_cache(data, backend):
+@BACKEND
+@settings(max_examples=15)
+@given(st.data())
+def test_any_cache(backend, data):
+    dtype = backends.widest(backend)
     page_size = data.draw(st.sampled_from([None, 1, 2, 3, 5]))
     lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))
     new, seqlen_q = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 4))
-    cache = Cache(lengths, 12, page_size, new=new, seed=data.draw(st.integers(0, 99)))
+    seed = data.draw(st.integers(0, 99))
+    cache = Cache(lengths, 12, page_size, new=new, seed=seed, dtype=dtype)
     heads = HKV * data.draw(st.integers(1, 3))
     options = {
         "causal": data.draw(st.booleans()),
@@ -405,11 +432,11 @@ def test_any_cache(data, backend):
         options["sinks"] = torch.linspace(-1, 2, heads)
     if data.draw(st.booleans()):
         options["alibi_slopes"] = torch.linspace(0, 1, heads)
-    q = normal(len(lengths), seqlen_q, heads, D, seed=9)
+    q = normal(len(lengths), seqlen_q, heads, D, seed=9, dtype=dtype)
     added = ()
     if new:
         shape = (len(lengths), new, HKV)
-        added = normal(*shape, D, seed=7), normal(*shape, DV, seed=8)
+        added = tuple(normal(*shape, n, seed=n, dtype=dtype) for n in (D, DV))
     k, v = added or (None, None)
     wanted = row_by_row(q, cache.held(cache.k, k), cache.held(cache.v, v), **options)
     assert_close(cache.attend(q, *added, backend=backend, **options), wanted)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import mmkernels as mm
 from mmkernels.attention import masks
@@ -390,6 +390,16 @@ def test_a_mask_first_built_while_tracing_is_not_kept():
     with FakeTensorMode():
         masks.causal(6)
     assert_mask(masks.causal(6), dense(6, 6, lambda i, j: j <= i))
+
+
+def test_fake_masks_neither_come_from_the_cache_nor_stay_in_it():
+    masks._cache.clear()
+    masks.causal(5)
+    with FakeTensorMode():
+        assert isinstance(masks.causal(5).start, FakeTensor)
+        assert masks.prefix_lm(2, 5, device="cuda").end.device.type == "cuda"  # with no GPU, too
+    assert type(masks.causal(5).start) is Tensor
+    assert len(masks._cache) == 1
 
 
 def test_the_cache_stays_small():

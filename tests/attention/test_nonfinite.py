@@ -3,25 +3,37 @@
 And is a row that sees no key 0, with lse -inf and gradients 0?
 """
 
+import itertools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 import mmkernels as mm
+from mmkernels import testing
 from mmkernels._core import ops
 from mmkernels.attention.interval import IntervalMask
+from tests.attention import backends
 
 masks = mm.masks
 B, S, HQ, HKV, D = 2, 150, 4, 2, 8  # S above the 128 rows of a tile
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpu"])
+NAMES = ("reference", "cpu", "triton")
+BACKENDS = backends.each(*NAMES)
 # Name -> what is put, and whether into all of a vector or one element of it.
 BAD = {
     "nan": (math.nan, True),
     "inf_element": (math.inf, False),
     "minus_inf": (-math.inf, True),
 }
+
+
+@pytest.fixture(autouse=True)
+def two_tiles_of_a_kind():
+    """128 rows also make a tile of the Triton kernels."""
+    with backends.wide_tiles(128):
+        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -114,6 +126,42 @@ def poisoned(x: Tensor, bad: float, whole: bool) -> tuple[Tensor, Tensor]:
     return dirty, clean
 
 
+class Part(NamedTuple):
+    """What a backend computes of the problem; the reference computes all of it."""
+
+    batch: slice = slice(None)
+    heads: slice = slice(None)
+    kv_heads: slice = slice(None)
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kv = k[self.batch, :, self.kv_heads], v[self.batch, :, self.kv_heads]
+        return q[self.batch, :, self.heads], *kv
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Of (B, HQ, ..)."""
+        return x[self.batch, self.heads]
+
+    def results(self, out: Tensor, lse: Tensor, dq: Tensor, *dkv: Tensor) -> tuple[Tensor, ...]:
+        return (*map(self.rows, (out, lse, dq)), *(x[self.batch, self.kv_heads] for x in dkv))
+
+    def options(self, options: dict) -> dict:
+        return {name: self._option(x) for name, x in options.items()}
+
+    def _option(self, x: object) -> object:
+        if isinstance(x, IntervalMask) and x.shape[0] == B:
+            return IntervalMask(x.start[self.batch], x.end[self.batch], S)
+        if isinstance(x, Tensor) and x.ndim != 2:  # (HQ,), (HQ, S, S) or (1, HQ, S, S)
+            return x[..., self.heads, :, :] if x.ndim > 2 else x[self.heads]
+        return x
+
+
+def part_of(backend: str) -> Part:
+    """In Triton's interpreter the batch element and heads that have a NaN in both tiles."""
+    if backends.interpreted(backend):
+        return Part(slice(0, 1), slice(2, 4), slice(1, 2))
+    return Part()
+
+
 def touched_rows(shown: Tensor) -> Tensor:
     """(B, HQ, S): which rows see a poisoned key of their head."""
     touched = torch.zeros(B, HQ, S, dtype=torch.bool)
@@ -144,11 +192,17 @@ def results(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out and dq as (B, HQ, S, D), lse (B, HQ, S), dk and dv as (B, HKV, S, D)."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out, lse = mm.attention(*leaves, backend=backend, return_lse=True, **options)
-    cotangents = normal(*out.shape, seed=8).to(out), normal(*lse.shape, seed=9).to(lse)
-    grads = torch.autograd.grad((out, lse), leaves, cotangents)
+    out, lse = backends.call(mm.attention, *leaves, backend=backend, return_lse=True, **options)
+    grads = torch.autograd.grad((out, lse), leaves, cotangents(out, lse))
     dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
     return out.detach().transpose(1, 2), lse.detach(), dq, dk, dv
+
+
+def cotangents(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of out (B, S, HQ, D) and lse (B, HQ, S), or the same numbers for a part of them."""
+    part = part_of("triton") if out.shape[2] < HQ else Part()
+    dout = part.rows(normal(B, HQ, S, D, seed=8)).transpose(1, 2)
+    return dout.to(out), part.rows(normal(B, HQ, S, seed=9)).to(lse)
 
 
 def assert_same(name: str, got: Tensor, wanted: Tensor) -> None:
@@ -159,7 +213,7 @@ def assert_same(name: str, got: Tensor, wanted: Tensor) -> None:
 
 def ruined_rows(q: Tensor, k: Tensor, shown: Tensor) -> Tensor:
     """(B, HQ, S): which rows have a score that is NaN or inf; one of -inf is a weight of 0."""
-    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(HQ // HKV, 2))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
     return (shown & (scores.isnan() | scores.isposinf())).any(-1)
 
 
@@ -167,11 +221,11 @@ def check(
     got: tuple[Tensor, ...],
     wanted: tuple[Tensor, ...],
     shown: Tensor,
+    touched: Tensor,
     q: Tensor,
     k: Tensor,
 ) -> None:
     """Untouched rows, and keys that no touched row sees, are as without what is not finite."""
-    touched = touched_rows(shown)
     for x, y in zip(got, wanted, strict=True):
         assert x.shape == y.shape
     for name, x, y in zip(("out", "lse", "dq"), got[:3], wanted[:3], strict=True):
@@ -185,42 +239,68 @@ def check(
         assert not got[0][ruined].isfinite().any()
         assert not got[1][ruined].isfinite().any()
     reached = (shown & touched[..., None]).any(2)  # (B, HQ, S keys)
-    reached = reached.unflatten(1, (HKV, HQ // HKV)).any(2)
+    reached = reached.unflatten(1, (k.shape[2], -1)).any(2)
     for name, x, y in zip(("dk", "dv"), got[3:], wanted[3:], strict=True):
         assert_same(name, x[~reached], y[~reached])
 
 
-@BACKENDS
-@KIND
-@pytest.mark.parametrize("bad", BAD)
+def cases() -> list:
+    """kind, bad, backend; in the interpreter only some kinds quickly with all that is bad."""
+    slow = [pytest.mark.slow]
+    return [
+        backends.param(
+            kind, bad, backend, on=backend, id=f"{kind}-{bad}-{backend}",
+            marks=slow
+            if backends.interpreted(backend) and bad != "nan" and kind != "causal"
+            else [],
+        )
+        for kind, bad, backend in itertools.product(KINDS, BAD, NAMES)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "bad", "backend"), cases())
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_does_it_reach_only_the_rows_that_see_it(which, bad, kind, backend):
+def test_does_it_reach_only_the_rows_that_see_it(which, kind, bad, backend):
     options, shown = mask_of(kind)
     dirty, clean = with_poison(which, *BAD[bad])
-    got, wanted = (results(*x, backend, options) for x in (dirty, clean))
-    check(got, wanted, shown, *dirty[:2])
+    part = part_of(backend)
+    inputs = part.inputs(*dirty)
+    got = results(*inputs, backend, part.options(options))
+    wanted = part.results(*results(*clean, "reference", options))
+    check(got, wanted, part.rows(shown), part.rows(touched_rows(shown)), *inputs[:2])
 
 
 @BACKENDS
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_is_a_key_that_no_row_sees_as_if_it_were_not_there(which, backend):
     mask = masks.padding(torch.tensor([140, 100]), S)
+    part = part_of(backend)
     tensors = dict(zip("qkv", inputs(), strict=True))
-    wanted = results(*tensors.values(), backend, {"mask": mask})
+    wanted = part.results(*results(*tensors.values(), "reference", {"mask": mask}))
     for bad in (math.nan, math.inf, -math.inf):
         dirty = tensors[which].clone()
         dirty[0, 140:], dirty[1, 100:] = bad, bad
-        got = results(*(tensors | {which: dirty}).values(), backend, {"mask": mask})
+        inputs_now = part.inputs(*(tensors | {which: dirty}).values())
+        got = results(*inputs_now, backend, part.options({"mask": mask}))
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
             assert_same(name, x, y)
         for grad in got[3:]:
-            assert not grad[0, :, 140:].any() and not grad[1, :, 100:].any()
+            assert not grad[0, :, 140:].any() and not grad[1:, :, 100:].any()
 
 
-@BACKENDS
-@pytest.mark.parametrize("seqlen", [5, 16, 64, 150, 530])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_in_every_dtype_and_length(dtype, seqlen, backend):
+def lengths() -> list:
+    """backend, dtype, seqlen."""
+    dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    return [
+        backends.param(backend, dtype, n, on=backend, id=f"{backend}-{backends.short(dtype)}-{n}")
+        for backend, dtype in itertools.product(NAMES, dtypes)
+        if backends.serves(backend, dtype)
+        for n in ((70,) if backends.interpreted(backend) else (5, 16, 64, 150, 530))
+    ]
+
+
+@pytest.mark.parametrize(("backend", "dtype", "seqlen"), lengths())
+def test_in_every_dtype_and_length(backend, dtype, seqlen):
     q, k, v = (normal(1, seqlen, 2, 16, seed=seed).to(dtype) for seed in range(3))
     place = seqlen // 2
     hidden = torch.zeros(seqlen, seqlen).bool()
@@ -238,7 +318,9 @@ def test_in_every_dtype_and_length(dtype, seqlen, backend):
                 dirty = {"k": k.clone(), "v": v.clone()}
                 dirty[which][0, place, 0, element] = bad
                 leaves = [x.requires_grad_() for x in (q.clone(), *dirty.values())]
-                out, lse = mm.attention(*leaves, mask=~hidden, backend=backend, return_lse=True)
+                out, lse = backends.call(
+                    mm.attention, *leaves, mask=~hidden, backend=backend, return_lse=True
+                )
                 torch.testing.assert_close(
                     out[:, ::2].double(), wanted[:, ::2], atol=8 * eps, rtol=8 * eps
                 )
@@ -252,35 +334,44 @@ def test_in_every_dtype_and_length(dtype, seqlen, backend):
                 assert dq[:, ::2].isfinite().all() and dq[:, :, 1].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["reference"])  # torch's CPU kernel loses it
+@backends.each("reference", "triton")  # torch's CPU kernel loses it
 @pytest.mark.parametrize("seqlen_q", [1, 3])
 def test_does_nan_in_the_only_key_reach_its_rows(seqlen_q, backend):
-    q, k, v = (normal(1, n, 1, D, seed=n) for n in (seqlen_q, 1, 1))
+    dtype = backends.widest(backend)
+    q, k, v = (normal(1, n, 1, D, seed=n).to(dtype) for n in (seqlen_q, 1, 1))
     k[0, 0, 0, 3] = math.nan
-    out, lse = mm.attention(q, k, v, backend=backend, return_lse=True)
+    out, lse = backends.call(mm.attention, q, k, v, backend=backend, return_lse=True)
     assert out.isnan().all() and lse.isnan().all()
 
 
-@pytest.mark.parametrize("pair", [("cpu", "reference"), ("reference", "cpu")], ids="-".join)
+PAIRS = [("cpu", "reference"), ("reference", "cpu")]
+PAIRS += [("triton", "reference"), ("reference", "triton")]
+
+
+@pytest.mark.parametrize("pair", [backends.param(x, on=x, id="-".join(x)) for x in PAIRS])
 @pytest.mark.parametrize("kind", ["causal", "packed_causal", "causal_or_spans", "padding"])
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_does_any_backward_serve_any_forward(which, kind, pair):
     options, shown = mask_of(kind)
+    part = part_of("triton" if "triton" in pair else "cpu")
     mask = masks.causal(S) if kind == "causal" else options["mask"]
+    mask = part.options({"mask": mask})["mask"]
+    device = "cuda" if "cuda" in map(testing.device_for, pair) else "cpu"
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, start, end = backends.moved((q, k, v, mask.start, mask.end), device)
         rest = (None, None, None, None, D**-0.5, 0.0, 0.0)
-        out, lse = ops.attention_forward(q, k, v, mask.start, mask.end, *rest, pair[0])
+        out, lse = ops.attention_forward(q, k, v, start, end, *rest, pair[0])
         dq, dk, dv, _, _ = ops.attention_backward(
-            normal(*out.shape, seed=8).float(), normal(*lse.shape, seed=9).float(),
-            q, k, v, out, lse,
-            mask.start, mask.end, None, None, *rest, False, True, pair[1],
+            *cotangents(out, lse), q, k, v, out, lse, start, end, None, None, *rest,
+            False, True, pair[1],
         )  # fmt: skip
         out, dq, dk, dv = (x.transpose(1, 2) for x in (out, dq, dk, dv))
-        return out, lse, dq, dk, dv
+        return backends.moved((out, lse, dq, dk, dv), "cpu")
 
     dirty, clean = with_poison(which, math.nan, True)
-    check(run(*dirty), run(*clean), shown, *dirty[:2])
+    dirty, clean = part.inputs(*dirty), part.inputs(*clean)
+    check(run(*dirty), run(*clean), part.rows(shown), part.rows(touched_rows(shown)), *dirty[:2])
 
 
 @BACKENDS
@@ -288,7 +379,8 @@ def test_does_nan_in_a_query_stay_in_its_row(backend):
     q, k, v = inputs()
     dirty, clean = q.clone(), q.clone()
     dirty[0, 20, 1], clean[0, 20, 1] = math.nan, 0.0
-    got, wanted = (results(x, k, v, backend, {"causal": True}) for x in (dirty, clean))
+    got = results(dirty, k, v, backend, {"causal": True})
+    wanted = results(clean, k, v, "reference", {"causal": True})
     others = torch.ones(B, HQ, S, dtype=torch.bool)
     others[0, 1, 20] = False
     for name, x, y in zip(("out", "lse", "dq"), got[:3], wanted[:3], strict=True):
@@ -325,11 +417,10 @@ SINKS = {
 }
 
 
-@BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@backends.each_in([torch.float32, torch.float64], *NAMES)
 @pytest.mark.parametrize("sinks", SINKS.values(), ids=SINKS)
 @pytest.mark.parametrize("kind", EMPTY)
-def test_is_a_row_without_a_key_empty(kind, sinks, dtype, backend):
+def test_is_a_row_without_a_key_empty(kind, sinks, backend, dtype):
     options = EMPTY[kind]()
     shape = B, HQ, 9, 6
     shown = torch.ones(shape, dtype=torch.bool)
@@ -352,7 +443,8 @@ def test_is_a_row_without_a_key_empty(kind, sinks, dtype, backend):
     if sinks is not None:
         sinks = sinks.to(dtype).requires_grad_()
         leaves.append(sinks)
-    out, lse = mm.attention(q, k, v, sinks=sinks, return_lse=True, backend=backend, **options)
+    options |= {"sinks": sinks, "return_lse": True, "backend": backend}
+    out, lse = backends.call(mm.attention, q, k, v, **options)
     assert not out.transpose(1, 2)[empty].any()
     assert (lse[empty] == -torch.inf).all()
     assert out.isfinite().all() and lse[~empty].isfinite().all()
@@ -363,7 +455,7 @@ def test_is_a_row_without_a_key_empty(kind, sinks, dtype, backend):
     assert not grads[0].transpose(1, 2)[empty].any()
     silent = [cotangents[0].transpose(1, 2), cotangents[1]]
     silent = [x.masked_fill(empty.view(*empty.shape, *[1] * (x.ndim - 3)), 0.0) for x in silent]
-    out, lse = mm.attention(q, k, v, sinks=sinks, return_lse=True, backend=backend, **options)
+    out, lse = backends.call(mm.attention, q, k, v, **options)
     wanted = torch.autograd.grad((out, lse), leaves, (silent[0].transpose(1, 2), silent[1]))
     for grad, want in zip(grads, wanted, strict=True):
         assert grad.isfinite().all()
@@ -374,11 +466,12 @@ def test_is_a_row_without_a_key_empty(kind, sinks, dtype, backend):
 def test_is_a_bias_that_hides_a_whole_row_given_gradient_0(backend):
     if backend == "cpu":
         backend = "auto"  # the cpu backend gives bias no gradient
-    bias = torch.zeros(9, 6, dtype=torch.float64)
+    dtype = backends.widest(backend)
+    bias = torch.zeros(9, 6, dtype=dtype)
     bias[3], bias[5, :5] = -torch.inf, -torch.inf
     bias.requires_grad_()
-    q, k, v = normal(B, 9, HQ, D), normal(B, 6, HKV, D), normal(B, 6, HKV, D)
-    out = mm.attention(q, k, v, bias=bias, backend=backend)
+    q, k, v = (normal(B, n, h, D).to(dtype) for n, h in ((9, HQ), (6, HKV), (6, HKV)))
+    out = backends.call(mm.attention, q, k, v, bias=bias, backend=backend)
     (grad,) = torch.autograd.grad(out.square().sum(), bias)
     assert grad.isfinite().all() and (grad[[0, 1, 2, 4, 6, 7, 8]].abs() > 1e-6).any(-1).all()
     assert not grad[3].any() and not grad[5, :5].any()
@@ -388,9 +481,8 @@ def test_is_a_bias_that_hides_a_whole_row_given_gradient_0(backend):
 @pytest.mark.parametrize("magnitude", [1e4, 1e30])
 def test_do_huge_scores_stay_finite(magnitude, backend):
     q, k, v = inputs()
-    out, lse = mm.attention(
-        q * magnitude, k, v, causal=True, softmax_scale=1.0, return_lse=True, backend=backend
-    )
+    options = {"causal": True, "softmax_scale": 1.0, "return_lse": True, "backend": backend}
+    out, lse = backends.call(mm.attention, q * magnitude, k, v, **options)
     assert out.isfinite().all() and lse.isfinite().all()
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2))
     best = scores.masked_fill(~masks.causal(S).to_dense()[:, None], -torch.inf).argmax(-1)

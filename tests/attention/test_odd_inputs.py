@@ -5,15 +5,17 @@ import torch
 from torch import Tensor
 
 import mmkernels as mm
+from mmkernels import testing
+from tests.attention import backends
 from tests.attention.right_calls import integers
 
 masks = mm.masks
-B, SQ, SK, HQ, HKV, D, DV = 2, 5, 7, 4, 2, 8, 6
+BACKENDS = backends.each("reference", "cpu", "auto", "triton")
 
 
 def expected_rows(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """out and lse in float64, row by row."""
-    q, k, v = q.double(), k.double(), v.double()
+    q, k, v = (x.cpu().double() for x in (q, k, v))
     batch, seqlen_q, heads, dim = q.shape
     seqlen_k, groups = k.shape[1], heads // max(k.shape[2], 1)
     out = torch.zeros(batch, seqlen_q, heads, v.shape[3], dtype=torch.float64)
@@ -108,15 +110,16 @@ ODD = {
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@BACKENDS
 @pytest.mark.parametrize("name", ODD)
 def test_are_odd_inputs_served_and_right(name, backend, causal):
-    q, k, v = (x.detach() for x in ODD[name]())
+    with torch.device(testing.device_for(backend)):
+        q, k, v = (x.detach() for x in ODD[name]())
     wanted_out, wanted_lse = expected_rows(q, k, v, causal)
     out, lse = mm.attention(q, k, v, causal=causal, backend=backend, return_lse=True)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
-    torch.testing.assert_close(out.double(), wanted_out, atol=2e-6, rtol=2e-5)
-    torch.testing.assert_close(lse.double(), wanted_lse, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(out.cpu().double(), wanted_out, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(lse.cpu().double(), wanted_lse, atol=2e-6, rtol=2e-5)
 
 
 def gradients(inputs: tuple[Tensor, ...], backend: str, causal: bool, dout: Tensor) -> list[Tensor]:
@@ -127,35 +130,36 @@ def gradients(inputs: tuple[Tensor, ...], backend: str, causal: bool, dout: Tens
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@backends.each("cpu", "auto", "triton")
 @pytest.mark.parametrize("name", ODD)
-def test_are_gradients_of_odd_inputs_right(name, causal):
-    inputs = ODD[name]()
-    dout = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3])
+def test_are_gradients_of_odd_inputs_right(name, backend, causal):
+    with torch.device(testing.device_for(backend)):
+        inputs = ODD[name]()
+        dout = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3])
     copies = tuple(x.double().contiguous() for x in inputs)
     wanted = gradients(copies, "reference", causal, dout.double())
-    for backend in ("cpu", "auto"):
-        for grad, want, x in zip(
-            gradients(inputs, backend, causal, dout), wanted, inputs, strict=True
-        ):
-            assert grad.shape == x.shape and grad.dtype == x.dtype
-            torch.testing.assert_close(grad.double(), want, atol=5e-6, rtol=5e-5)
+    got = gradients(inputs, backend, causal, dout)
+    for grad, want, x in zip(got, wanted, inputs, strict=True):
+        assert grad.shape == x.shape and grad.dtype == x.dtype
+        torch.testing.assert_close(grad.double(), want, atol=5e-6, rtol=5e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@BACKENDS
 def test_is_the_gradient_of_an_expanded_sum_right(backend):
     q, k, v = (normal(2, n, 4, 8) for n in (5, 7, 7))
     grads = []
     for which, dtype in ((backend, torch.float32), ("reference", torch.float64)):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         # The gradient that reaches attention is one number with strides of 0.
-        grads.append(torch.autograd.grad(mm.attention(*leaves, backend=which).sum(), leaves))
+        out = backends.call(mm.attention, *leaves, backend=which)
+        grads.append(torch.autograd.grad(out.sum(), leaves))
     for grad, want in zip(*grads, strict=True):
         torch.testing.assert_close(grad.double(), want, atol=5e-6, rtol=5e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("scale", [0.0, -0.7, 1e-30, 3.0])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@backends.each("reference", "cpu", "triton")
 def test_is_any_finite_scale_served(backend, scale, causal):
     q, k, v = (normal(1, 7, 2, 8) for _ in range(3))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
@@ -165,39 +169,41 @@ def test_is_any_finite_scale_served(backend, scale, causal):
     wanted = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), leaves[2])
     wanted_grads = torch.autograd.grad(wanted.square().sum(), leaves)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = mm.attention(*leaves, causal=causal, softmax_scale=scale, backend=backend)
+    options = {"causal": causal, "softmax_scale": scale, "backend": backend}
+    out = backends.call(mm.attention, *leaves, **options)
     grads = torch.autograd.grad(out.square().sum(), leaves)
     for x, y in zip((out, *grads), (wanted, *wanted_grads), strict=True):
         torch.testing.assert_close(x.double(), y, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@BACKENDS
 def test_are_sequences_of_no_length_served(backend):
     q, k, v = normal(5, 4, 8), normal(7, 2, 8), normal(7, 2, 6)
     cu_q, cu_k = integers(0, 0, 3, 3, 5, 5), integers(0, 2, 2, 2, 7, 7)
-    out, lse = mm.attention_varlen(q, k, v, cu_q, cu_k, 3, 5, return_lse=True, backend=backend)
+    arguments = (q, k, v, cu_q, cu_k, 3, 5)
+    out, lse = backends.call(mm.attention_varlen, *arguments, return_lse=True, backend=backend)
     wanted, wanted_lse = expected_rows(q[None, 3:], k[None, 2:], v[None, 2:], causal=False)
     torch.testing.assert_close(out[3:].double(), wanted[0], atol=2e-6, rtol=2e-5)
     torch.testing.assert_close(lse[:, 3:].double(), wanted_lse[0], atol=2e-6, rtol=2e-5)
     assert not out[:3].any() and (lse[:, :3] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@BACKENDS
 @pytest.mark.parametrize("sizes", [(0, 0), (0, 3), (3, 0)], ids=["nothing", "no rows", "no keys"])
 def test_are_empty_packings_served(sizes, backend):
     q, k, v = (torch.randn(n, 2, 8, requires_grad=True) for n in (sizes[0], sizes[1], sizes[1]))
     for cu in (integers(0), integers(0, 0, 0)):
-        out, lse = mm.attention_varlen(q, k, v, cu, cu, 0, 0, return_lse=True, backend=backend)
+        arguments = (q, k, v, cu, cu, 0, 0)
+        out, lse = backends.call(mm.attention_varlen, *arguments, return_lse=True, backend=backend)
         assert not out.any() and (lse == -torch.inf).all()
         assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@BACKENDS
 def test_are_empty_caches_served(backend):
     def served(q: Tensor, k: Tensor, v: Tensor, *rest: object, **options: object) -> None:
-        out, lse = mm.attention_with_kvcache(
-            q, k, v, *rest, return_lse=True, backend=backend, **options
-        )
+        arguments = (mm.attention_with_kvcache, q, k, v, *rest)
+        out, lse = backends.call(*arguments, return_lse=True, backend=backend, **options)
         assert out.shape == q.shape and not out.any() and (lse == -torch.inf).all()
 
     q = normal(2, 3, 4, 8)

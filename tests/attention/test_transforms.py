@@ -9,54 +9,59 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels._core import ops, registry
+from mmkernels._core import ops
+from tests.attention import backends
 
-BACKENDS = [backend.name for backend in registry.backends("attention_forward")]
+EVERY = backends.each(*backends.ALL)
+AUTO_TOO = backends.each("auto", *backends.ALL)
 
 
-def qkv(*shape, requires_grad=False, **kwargs):
-    tensors = testing.make_qkv(*shape, **kwargs)
+def qkv(*shape, requires_grad=False, backend="auto", **kwargs):
+    """q, k and v where the backend's tests have them."""
+    tensors = testing.make_qkv(*shape, device=testing.device_for(backend), **kwargs)
     return [x.requires_grad_(requires_grad) for x in tensors]
 
 
-def op_inputs(dtype=torch.float32):
-    q, k, v = qkv(2, 9, 13, 4, 2, 8, dtype=dtype)
-    mask = mm.masks.causal(9, 13)
+def op_inputs(backend, dtype=torch.float32):
+    q, k, v = qkv(2, 9, 13, 4, 2, 8, dtype=dtype, backend=backend)
+    mask = mm.masks.causal(9, 13, device=q.device)
     scores = (torch.randn(1, 4, 9, 13), torch.rand(4), torch.randn(4), None)
-    return q, k, v, mask, scores, (0.3, 0.0, 0.0)
+    return q, k, v, mask, backends.moved(scores, q.device), (0.3, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERY
 def test_opcheck_forward(backend):
-    q, k, v, mask, scores, numbers = op_inputs()
+    q, k, v, mask, scores, numbers = op_inputs(backend)
     inputs = (q, k, v, mask.start, mask.end, *scores, *numbers, backend)
     torch.library.opcheck(ops.attention_forward, inputs)
     torch.library.opcheck(ops.attention_forward, (q, k, v, *[None] * 6, *numbers, backend))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_backward(dtype):
-    q, k, v, mask, scores, numbers = op_inputs(dtype)
-    bounds = (mask.start, mask.end)
-    out, lse = ops.attention_forward(q, k, v, *bounds, *scores, *numbers, "auto")
-    saved = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *bounds, None, None)
-    for bias_grad, backend in ((True, "auto"), (False, "cpu"), (False, "reference")):
+@backends.each_in([torch.float32, torch.bfloat16], "auto", "cpu", "reference", "triton")
+def test_opcheck_backward(backend, dtype):
+    q, k, v, mask, scores, numbers = op_inputs(backend, dtype)
+    bounds, rows = (mask.start, mask.end), mask.key_rows(13)
+    out, lse = ops.attention_forward(q, k, v, *bounds, *scores, *numbers, backend)
+    saved = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *bounds, *rows)
+    for bias_grad in (False,) if backend == "cpu" else (False, True):
         inputs = (*saved, *scores, *numbers, bias_grad, True, backend)
         torch.library.opcheck(ops.attention_backward, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERY
 def test_opcheck_decode(backend):
-    q, k, v = qkv(2, 3, 32, 4, 2, 8)
-    lengths = torch.tensor([32, 7], dtype=torch.int32)
+    q, k, v = qkv(2, 3, 32, 4, 2, 8, backend=backend)
+    lengths = torch.tensor([32, 7], dtype=torch.int32, device=q.device)
     numbers = (0.3, 0.0, -1, 0)
     torch.library.opcheck(
         ops.attention_decode, (q, k, v, lengths, None, None, None, *numbers, backend)
     )
-    pages, table = k.view(8, 8, 2, 8), torch.arange(8, dtype=torch.int32).view(2, 4)
+    pages = k.view(8, 8, 2, 8)
+    table = torch.arange(8, dtype=torch.int32, device=q.device).view(2, 4)
+    per_head = torch.rand(4, device=q.device)
     torch.library.opcheck(
         ops.attention_decode,
-        (q, pages, pages.clone(), lengths, table, torch.rand(4), torch.rand(4), *numbers, backend),
+        (q, pages, pages.clone(), lengths, table, per_head, per_head, *numbers, backend),
     )
 
 
@@ -71,12 +76,13 @@ CALLS = {
     "window and softcap": {"window_size": (4, 0), "softcap": 5.0},
     "alibi": {"alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.4])},
     "reference": {"backend": "reference"},
+    "triton": {"backend": "triton", "causal": True, "softcap": 5.0},
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [backends.param(name, on=name, id=name) for name in CALLS])
 def test_compile_is_fullgraph_and_equal(call):
-    q, k, v = qkv(2, 12, 12, 4, 2, 8, requires_grad=True)
+    q, k, v = qkv(2, 12, 12, 4, 2, 8, requires_grad=True, backend=call)
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for function in (compiled, attend):
@@ -141,7 +147,7 @@ def test_compiled_function_follows_use_backend():
     q, k, v = qkv(1, 8, 8, 2, 2, 8)
     compiled = torch.compile(mm.attention, fullgraph=True, backend="aot_eager")
     compiled(q, k, v)
-    with mm.use_backend("triton"), pytest.raises(mm.BackendUnavailable):
+    with mm.use_backend("cuda"), pytest.raises(mm.BackendUnavailable):
         compiled(q, k, v)
     compiled(q, k, v)
 
@@ -158,22 +164,28 @@ def test_export():
     torch.testing.assert_close(program.module()(*longer), Model()(*longer))
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_autocast_casts_as_sdpa(backend):
-    q, k, v = qkv(2, 9, 9, 2, 2, 8, requires_grad=True)
-    bias = torch.randn(9, 9)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@backends.each_in([torch.bfloat16, torch.float16], "auto", *backends.ALL)
+def test_autocast_casts_as_sdpa(backend, dtype):
+    q, k, v = qkv(2, 9, 9, 2, 2, 8, requires_grad=True, backend=backend)
+    bias = torch.randn(9, 9, device=q.device)
+    with torch.autocast(q.device.type, dtype=dtype):
         out, lse = mm.attention(q, k, v, bias=bias, return_lse=True, backend=backend)
         sdpa = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), bias)
         grad = torch.autograd.grad(out.float().sum() + lse.sum(), q)[0]
-    assert out.dtype == sdpa.dtype == torch.bfloat16
+    assert out.dtype == sdpa.dtype == dtype
     assert lse.dtype == grad.dtype == torch.float32
     exact = mm.attention(q.double(), k.double(), v.double(), bias=bias.double())
-    assert (out.double() - exact).abs().max() < 0.03
+    assert (out.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_autocast_leaves_float64(backend):
+    q, k, v = (x.double() for x in qkv(2, 9, 9, 2, 2, 8))
+    bias = torch.randn(9, 9).double()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        wide = mm.attention(q.double(), k.double(), v.double(), bias=bias.double(), backend=backend)
+        wide = mm.attention(q, k, v, bias=bias, backend=backend)
     assert wide.dtype == torch.float64
-    torch.testing.assert_close(wide, exact)
+    torch.testing.assert_close(wide, mm.attention(q, k, v, bias=bias))
 
 
 def test_reference_keeps_float32_under_autocast():
@@ -187,30 +199,38 @@ def test_reference_keeps_float32_under_autocast():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
-    q, k, v = qkv(2, 9, 9, 4, 2, 8, requires_grad=True)
-    plain = torch.autograd.grad(attend(q, k, v, causal=True), (q, k, v))
-    loss = checkpoint(lambda *x: attend(*x, causal=True), q, k, v, use_reentrant=reentrant)
+@backends.each("auto", "triton")
+def test_checkpointing(backend, reentrant):
+    q, k, v = qkv(2, 9, 9, 4, 2, 8, requires_grad=True, backend=backend)
+
+    def run(*inputs):
+        return attend(*inputs, causal=True, backend=backend)
+
+    plain = torch.autograd.grad(run(q, k, v), (q, k, v))
+    loss = checkpoint(run, q, k, v, use_reentrant=reentrant)
     loss.backward()
     assert all(torch.equal(x.grad, g) for x, g in zip((q, k, v), plain, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@AUTO_TOO
 def test_func_grad(backend):
-    q, k, v = qkv(2, 9, 9, 4, 2, 8)
+    q, k, v = qkv(2, 9, 9, 4, 2, 8, backend=backend)
     grads = torch.func.grad(attend, argnums=(0, 1, 2))(q, k, v, backend=backend)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    wanted = torch.autograd.grad(attend(*leaves), leaves)
+    wanted = torch.autograd.grad(attend(*leaves, backend="reference"), leaves)
     torch.testing.assert_close(grads, wanted)
 
 
-def test_vmap_works_or_says_why():
-    stacked = [torch.stack([x, 2 * x]) for x in qkv(2, 9, 9, 4, 2, 8)]
-    wanted = torch.stack([mm.attention(*(x[i] for x in stacked)) for i in range(2)])
-    got = torch.vmap(lambda *x: mm.attention(*x))(*stacked)
-    torch.testing.assert_close(got, wanted)
-    grads = torch.vmap(torch.func.grad(attend))(*stacked)
-    wanted = torch.stack([torch.func.grad(attend)(*(x[i] for x in stacked)) for i in range(2)])
+@backends.each("auto", "triton")
+def test_vmap(backend):
+    def run(q, k, v):
+        return attend(q, k, v, backend=backend)
+
+    stacked = [torch.stack([x, 2 * x]) for x in qkv(2, 9, 9, 4, 2, 8, backend=backend)]
+    wanted = torch.stack([run(*(x[i] for x in stacked)) for i in range(2)])
+    torch.testing.assert_close(torch.vmap(run)(*stacked), wanted)
+    grads = torch.vmap(torch.func.grad(run))(*stacked)
+    wanted = torch.stack([torch.func.grad(run)(*(x[i] for x in stacked)) for i in range(2)])
     torch.testing.assert_close(grads, wanted)
 
 
@@ -228,7 +248,7 @@ def test_meta_tensors():
     assert out.shape == (2, 9, 4, 8) and lse.shape == (2, 4, 9) and out.is_meta
 
 
-def test_second_derivative_only_on_reference():
+def test_second_derivative_of_the_reference():
     q, k, v = qkv(1, 5, 5, 2, 1, 4, dtype=torch.float64, requires_grad=True)
     mask = mm.masks.IntervalMask(torch.tensor([0, 1, 0, 2, 0]), torch.tensor([1, 3, 0, 5, 5]), 5)
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
@@ -241,7 +261,13 @@ def test_second_derivative_only_on_reference():
 
     assert torch.autograd.gradcheck(run, (q, k, v, sinks))
     assert torch.autograd.gradgradcheck(run, (q, k, v, sinks))
-    (grad,) = torch.autograd.grad(mm.attention(q, k, v).square().sum(), q, create_graph=True)
+
+
+@backends.each("auto", "cpu", "triton")
+def test_second_derivative_is_refused_elsewhere(backend):
+    q, k, v = qkv(1, 5, 5, 2, 1, 4, requires_grad=True, backend=backend)
+    out = mm.attention(q, k, v, backend=backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="backend='reference'"):
         grad.sum().backward()
 
@@ -269,10 +295,14 @@ def test_no_gradient_is_kept_where_none_is_wanted():
     assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
 
 
-def test_backward_is_deterministic():
-    q, k, v = qkv(2, 150, 150, 4, 2, 16, requires_grad=True)
-    mask = testing.MASKS["image spans"](2, 150, 150)
-    first, second = (torch.autograd.grad(attend(q, k, v, mask), (q, k, v)) for _ in range(2))
+@backends.each("auto", "triton")
+def test_backward_is_deterministic(backend):
+    seqlen = 50 if backends.interpreted(backend) else 150
+    q, k, v = qkv(2, seqlen, seqlen, 4, 2, 16, requires_grad=True, backend=backend)
+    mask = testing.MASKS["image spans"](2, seqlen, seqlen).to(q.device)
+    first, second = (
+        torch.autograd.grad(attend(q, k, v, mask, backend=backend), (q, k, v)) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

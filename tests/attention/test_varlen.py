@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmkernels as mm
+from tests.attention import backends
 
-BACKENDS = ("reference", "cpu", "auto")
+BACKENDS = backends.each("reference", "cpu", "auto", "triton")
 LENGTHS = {
     "equal": ([3, 1, 6], [3, 1, 6]),
     "more_keys": ([2, 1, 4], [5, 9, 4]),
@@ -24,7 +25,13 @@ OPTIONS = {
     "causal_window": {"causal": True, "window_size": (3, 3)},
     "scale": {"softmax_scale": 0.3},
 }
-SCALE_TOLERANCE = {"atol": 4e-6, "rtol": 4e-5}
+
+
+@pytest.fixture(autouse=True)
+def two_tiles_of_the_long_sequences():
+    """128 rows also make a tile of the Triton kernels."""
+    with backends.wide_tiles(128):
+        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -68,29 +75,42 @@ def together(
     q: Tensor, k: Tensor, v: Tensor, len_q: list[int], len_k: list[int], **options: object
 ) -> tuple[Tensor, Tensor]:
     cu_seqlens_q, cu_seqlens_k = cumulative(len_q), cumulative(len_k)
-    return mm.attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max([0, *len_q]), max([0, *len_k]), return_lse=True,
-        **options,
+    return backends.call(
+        mm.attention_varlen, q, k, v, cu_seqlens_q, cu_seqlens_k, max([0, *len_q]),
+        max([0, *len_k]), return_lse=True, **options,
     )  # fmt: skip
 
 
 def assert_same(
     inputs: list[Tensor], len_q: list[int], len_k: list[int], backend: str, **options: object
 ) -> None:
-    """out, lse and the gradients of all inputs, in float32 and float64, against the loop."""
+    """out, lse and the gradients of all inputs, in float32 and if it may float64, as the loop's."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     wanted = results(one_by_one(*leaves, len_q, len_k, **options), leaves)
-    for dtype, tolerance in (
-        (torch.float64, {"atol": 1e-12, "rtol": 1e-10}),
-        (torch.float32, SCALE_TOLERANCE),
-    ):
+    for dtype in {backends.widest(backend), torch.float32}:
         leaves = [x.to(dtype).requires_grad_() for x in inputs]
         got = results(together(*leaves, len_q, len_k, backend=backend, **options), leaves)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, wanted, strict=True):
             assert x.shape == y.shape and x.dtype == dtype
             torch.testing.assert_close(
-                x.double(), y, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+                x.double(),
+                y,
+                **backends.tolerance(dtype),
+                msg=lambda text, name=name: f"{name}: {text}",
             )
+
+
+def as_it_computes(backend: str, *tensors: Tensor) -> list[Tensor]:
+    """The tensors in the widest dtype that the backend serves."""
+    return [x.to(backends.widest(backend)) for x in tensors]
+
+
+def assert_equal(backend: str, *pairs: tuple[Tensor, Tensor]) -> None:
+    """Results, and what the reference made of the same numbers in float64."""
+    for got, wanted in pairs:
+        torch.testing.assert_close(
+            got.double(), wanted, **backends.tolerance(backends.widest(backend))
+        )
 
 
 def results(output: tuple[Tensor, Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -100,27 +120,27 @@ def results(output: tuple[Tensor, Tensor], leaves: list[Tensor]) -> list[Tensor]
     return [out, lse, *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_does_each_sequence_attend_only_itself(lengths, options, backend):
     assert_same(inputs_of(lengths), *LENGTHS[lengths], backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)], ids=str)
 @pytest.mark.parametrize("lengths", ["more_keys", "empty_sequences", "long"])
 def test_are_heads_shared_in_groups(lengths, heads, backend):
     assert_same(inputs_of(lengths, heads), *LENGTHS[lengths], backend, causal=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("value_dim", [3, 16])
 def test_may_values_have_another_width(value_dim, backend):
     assert_same(inputs_of("more_rows", (4, 2), value_dim), *LENGTHS["more_rows"], backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_are_alibi_distances_within_each_sequence(lengths, causal, backend):
@@ -129,7 +149,7 @@ def test_are_alibi_distances_within_each_sequence(lengths, causal, backend):
     assert_same(inputs_of(lengths), *LENGTHS[lengths], backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("total_q, total_k", [(6, 6), (9, 6), (6, 9), (8, 11)])
 def test_do_alibi_distances_ignore_rows_and_keys_beyond_the_last_sequence(
     total_q, total_k, backend
@@ -138,28 +158,30 @@ def test_do_alibi_distances_ignore_rows_and_keys_beyond_the_last_sequence(
     q, k, v = normal(total_q, 4, 8), normal(total_k, 4, 8, seed=1), normal(total_k, 4, 8, seed=2)
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
     wanted, _ = one_by_one(q, k, v, [2, 4], [2, 4], alibi_slopes=slopes)
-    out = mm.attention_varlen(
-        q, k, v, cu_seqlens, cu_seqlens, 4, 4, alibi_slopes=slopes, backend=backend
-    )
-    torch.testing.assert_close(out, wanted, atol=1e-12, rtol=1e-10)
+    q, k, v = as_it_computes(backend, q, k, v)
+    arguments = (mm.attention_varlen, q, k, v, cu_seqlens, cu_seqlens, 4, 4)
+    out = backends.call(*arguments, alibi_slopes=slopes, backend=backend)
+    assert_equal(backend, (out, wanted))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("lengths", [(5, 9), (9, 5), (4, 4)], ids=str)
 def test_is_one_sequence_plain_attention_even_with_alibi(lengths, backend):
     q, k, v = normal(lengths[0], 4, 8), *(normal(lengths[1], 2, 8, seed=n) for n in (1, 2))
     options = {"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "window_size": (6, 3)}
-    wanted = mm.attention(q[None], k[None], v[None], backend=backend, **options)
     out, _ = together(q, k, v, [lengths[0]], [lengths[1]], backend="reference", **options)
-    torch.testing.assert_close(out, wanted[0], atol=1e-12, rtol=1e-10)
+    plain = (x[None] for x in as_it_computes(backend, q, k, v))
+    wanted = backends.call(mm.attention, *plain, backend=backend, **options)
+    assert_equal(backend, (wanted[0], out))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 def test_are_alibi_and_bias_both_added(backend):
     q, k, v = inputs_of("more_keys")
     len_q, len_k = LENGTHS["more_keys"]
     slopes, bias = torch.tensor([0.5, 0.25, 0.1, 0.0]), normal(4, sum(len_q), sum(len_k), seed=3)
-    out, _ = together(q, k, v, len_q, len_k, alibi_slopes=slopes, bias=bias, backend=backend)
+    narrow = as_it_computes(backend, q, k, v)
+    out, _ = together(*narrow, len_q, len_k, alibi_slopes=slopes, bias=bias, backend=backend)
     q0 = k0 = 0
     for nq, nk in zip(len_q, len_k, strict=True):
         rows, keys = slice(q0, q0 + nq), slice(k0, k0 + nk)
@@ -167,11 +189,11 @@ def test_are_alibi_and_bias_both_added(backend):
             q[None, rows], k[None, keys], v[None, keys], alibi_slopes=slopes,
             bias=bias[:, rows, keys], backend="reference",
         )  # fmt: skip
-        torch.testing.assert_close(out[rows], wanted[0], atol=1e-12, rtol=1e-10)
+        assert_equal(backend, (out[rows], wanted[0]))
         q0, k0 = q0 + nq, k0 + nk
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 @pytest.mark.parametrize("lengths", ["equal", "empty_sequences", "long"])
 def test_do_sinks_take_part_in_every_sequence(lengths, backend):
     sinks = torch.tensor([0.3, -2.0, 4.0, 0.0])
@@ -179,19 +201,20 @@ def test_do_sinks_take_part_in_every_sequence(lengths, backend):
     assert_same(inputs_of(lengths), *LENGTHS[lengths], backend, **options)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@backends.each("reference", "auto", "triton")
 def test_is_softcap_applied(backend):
     assert_same(inputs_of("more_keys"), *LENGTHS["more_keys"], backend, softcap=0.7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 def test_is_an_extra_mask_intersected_with_the_packing(backend):
     len_q, len_k = LENGTHS["more_keys"]
     q, k, v = inputs_of("more_keys")
     shown = normal(sum(len_q), sum(len_k), seed=5) > -0.3  # no interval
     near = mm.masks.window(sum(len_q), sum(len_k), window_size=(6, 2))
     for mask, visible in ((shown, shown), (near, near.to_dense()[0])):
-        out, lse = together(q, k, v, len_q, len_k, mask=mask, backend=backend)
+        narrow = as_it_computes(backend, q, k, v)
+        out, lse = together(*narrow, len_q, len_k, mask=mask, backend=backend)
         q0 = k0 = 0
         for nq, nk in zip(len_q, len_k, strict=True):
             rows, keys = slice(q0, q0 + nq), slice(k0, k0 + nk)
@@ -199,33 +222,32 @@ def test_is_an_extra_mask_intersected_with_the_packing(backend):
                 q[None, rows], k[None, keys], v[None, keys], backend="reference", return_lse=True,
                 bias=torch.zeros(nq, nk).masked_fill(~visible[rows, keys], -torch.inf),
             )  # fmt: skip
-            torch.testing.assert_close(out[rows], wanted[0], atol=1e-12, rtol=1e-10)
-            torch.testing.assert_close(lse[:, rows], wanted_lse[0], atol=1e-12, rtol=1e-10)
+            assert_equal(backend, (out[rows], wanted[0]), (lse[:, rows], wanted_lse[0]))
             q0, k0 = q0 + nq, k0 + nk
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 def test_do_rows_beyond_the_last_sequence_stay_empty(backend):
     q, k, v = normal(8, 4, 8), normal(9, 4, 8, seed=1), normal(9, 4, 8, seed=2)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     wanted = results(one_by_one(*leaves, [2, 3], [4, 1]), leaves)
+    leaves = [x.detach().requires_grad_() for x in as_it_computes(backend, q, k, v)]
     got = results(together(*leaves, [2, 3], [4, 1], backend=backend), leaves)
-    for x, y in zip(got, wanted, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-10)
+    assert_equal(backend, *zip(got, wanted, strict=True))
     assert not got[0][5:].any() and (got[1][:, 5:] == -torch.inf).all()
     assert not got[2][5:].any() and not got[3][5:].any() and not got[4][5:].any()
 
 
-@settings(max_examples=40)
+@BACKENDS
+@settings(max_examples=15)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=4),
     st.booleans(),
     st.tuples(st.integers(-1, 5), st.integers(-1, 5)),
     st.sampled_from([(2, 2), (4, 2), (2, 1)]),
-    st.sampled_from(BACKENDS),
     st.integers(0, 1000),
 )
-def test_any_lengths_and_windows(lengths, causal, window_size, heads, backend, seed):
+def test_any_lengths_and_windows(backend, lengths, causal, window_size, heads, seed):
     len_q, len_k = [n for n, _ in lengths], [n for _, n in lengths]
     sizes = ((len_q, heads[0]), (len_k, heads[1]), (len_k, heads[1]))
     inputs = [packed(n, h, 4, seed=seed + place) for place, (n, h) in enumerate(sizes)]
@@ -253,11 +275,12 @@ def test_lse_comes_only_when_asked_for_and_heads_first():
     assert both[1].shape == (4, sum(LENGTHS["more_keys"][0]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@BACKENDS
 def test_packed_masks_serve_attention_as_well(backend):
     q, k, v = inputs_of("more_keys", (4, 2))
     len_q, len_k = LENGTHS["more_keys"]
     wanted, _ = one_by_one(q, k, v, len_q, len_k, causal=True)
     mask = mm.masks.packed(cumulative(len_q), cumulative(len_k), causal=True)
-    out = mm.attention(q[None], k[None], v[None], mask=mask, backend=backend)
-    torch.testing.assert_close(out[0], wanted, atol=1e-12, rtol=1e-10)
+    plain = (x[None] for x in as_it_computes(backend, q, k, v))
+    out = backends.call(mm.attention, *plain, mask=mask, backend=backend)
+    assert_equal(backend, (out[0], wanted))

@@ -90,11 +90,58 @@ def test_forced_backend_that_cannot(qkv):
 
 
 def test_backend_that_does_not_exist_yet(qkv):
-    for name in ("triton", "cuda"):
-        if name in {backend.name for backend in registry.backends("attention_forward")}:
-            continue
-        with pytest.raises(mm.BackendUnavailable, match=f"no {name} backend"):
-            mm.attention(*qkv, backend=name)
+    assert "cuda" not in {backend.name for backend in registry.backends("attention_forward")}
+    with pytest.raises(mm.BackendUnavailable, match="no cuda backend"):
+        mm.attention(*qkv, backend="cuda")
+
+
+@pytest.fixture
+def by_name(monkeypatch):
+    """The names of the ops that a backend served which wants to be asked for."""
+    served = []
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    for op in ("attention_forward", "attention_backward"):
+        reference = registry.backends(op)[-1]
+
+        def serve(*inputs, op=op, reference=reference):
+            served.append(op)
+            return reference.fn(*inputs)
+
+        registry.register(op, "cuda", serve, lambda *_: None, lambda *_: "only by name: slow")
+    return served
+
+
+def test_auto_passes_over_what_wants_to_be_named(qkv, by_name):
+    q = qkv[0].requires_grad_()
+    mm.attention(*qkv).sum().backward()
+    assert by_name == []
+    found = mm.explain(mm.attention, *qkv)
+    assert (found.backend, found.reasons["cuda"]) == ("cpu", "only by name: slow")
+    assert found.backward.reasons["cuda"] == "only by name: slow"
+    with pytest.raises(mm.BackendUnavailable) as raised:
+        mm.attention(q, *qkv[1:], backend="sdpa")
+    assert raised.value.reasons["cuda"] == "only by name: slow"
+
+
+def test_what_wants_to_be_named_serves_who_names_it(qkv, by_name):
+    qkv[0].requires_grad_()
+    mm.attention(*qkv, backend="cuda").sum().backward()
+    with mm.use_backend("cuda"):
+        mm.attention(*qkv).sum().backward()
+        found = mm.explain(mm.attention, *qkv)
+    assert by_name == ["attention_forward", "attention_backward"] * 2
+    assert (found.backend, found.backward.backend) == ("cuda", "cuda")
+    assert found.reasons["cuda"] is None
+
+
+def test_what_wants_to_be_named_may_decline(qkv, by_name, monkeypatch):
+    declining = registry.backends("attention_forward")[0]._replace(why_not=lambda *_: "no")
+    others = registry.backends("attention_forward")[1:]
+    monkeypatch.setitem(registry._table, "attention_forward", (declining, *others))
+    with pytest.raises(mm.BackendUnavailable) as raised:
+        mm.attention(*qkv, backend="cuda")
+    assert raised.value.reasons["cuda"] == "no"
+    assert by_name == []
 
 
 def test_backward_is_refused_before_the_forward_runs(qkv, ran):

@@ -1,0 +1,232 @@
+"""Has every problem a configuration that fits on every GPU, and the user's own comes first?"""
+
+import json
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmkernels._core import tuning, tuning_store
+from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS
+from mmkernels._core.tuning import Config, Problem
+
+DIMS = [(d, d) for d in (8, 16, 32, 40, 64, 72, 80, 96, 112, 128, 160, 192, 256)]
+DIMS += [(192, 128), (64, 256), (16, 40), (72, 24), (256, 8)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+H100 = KNOWN_GPUS["sm_90"]
+PROBLEM = Problem("forward", 128, 128, torch.bfloat16, True)
+TUNED = Config(64, 64, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache directory, and a process that has read nothing from it yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MMKERNELS_TUNING", raising=False)
+    tuning.forget()
+    yield tmp_path
+    tuning.forget()
+
+
+def entry(problem=PROBLEM, config=TUNED, triton=None):
+    return {
+        "problem": tuning.key(problem),
+        "config": config._asdict(),
+        "triton": triton or tuning_store.triton_version(),
+    }
+
+
+def problems(kernel):
+    for dims in DIMS:
+        for dtype in DTYPES:
+            for masked in (False, True):
+                for bias in (False, True):
+                    yield Problem(kernel, *dims, dtype, masked, bias)
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize("arch", KNOWN_GPUS)
+def test_every_configuration_fits(arch, kernel):
+    gpu = KNOWN_GPUS[arch]
+    for problem in problems(kernel):
+        config = tuning.configuration(problem, gpu)
+        assert tuning.fits(problem, config, gpu), (problem, config)
+        assert tuning.shared_bytes(problem, config, gpu) <= gpu.shared
+        assert config.num_stages in (1, 2) if arch.startswith("gfx") else config.num_stages >= 1
+        assert config.num_warps in (4, 8)
+        for block in config[:2]:
+            assert block >= 16 and block & (block - 1) == 0
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS[:4])
+def test_tiles_of_hopper_are_tall_enough_for_wgmma(kernel):
+    for problem in problems(kernel):
+        if problem.dtype != torch.float32:
+            config = tuning.configuration(problem, H100)
+            rows = config.BLOCK_N if kernel == "backward_keys" else config.BLOCK_M
+            assert rows >= 64, problem
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+@pytest.mark.parametrize("arch", ["sm_86", "sm_90", "gfx942"])
+def test_candidates_fit_and_begin_with_the_table(arch, kernel):
+    gpu = KNOWN_GPUS[arch]
+    for problem in problems(kernel):
+        found = tuning.candidates(problem, gpu)
+        assert found[0] == tuning.default(problem, gpu)
+        assert len(set(found)) == len(found)
+        assert all(tuning.fits(problem, config, gpu) for config in found)
+    many = tuning.candidates(Problem(kernel, 64, 64, torch.bfloat16, True), H100)
+    assert 10 < len(many) < 80
+
+
+def test_a_gpu_with_less_memory_gets_smaller_tiles():
+    for shared in range(200, 32, -8):
+        gpu = replace(H100, shared=shared * KIB)
+        assert tuning.fits(PROBLEM, tuning.configuration(PROBLEM, gpu), gpu)
+
+
+def test_estimates_grow_with_the_tile():
+    for kernel in tuning.KERNELS:
+        problem = PROBLEM._replace(kernel=kernel)
+        small, large = Config(64, 32, 4, 2), Config(64, 64, 4, 3)
+        for estimate in (tuning.shared_bytes, tuning.registers):
+            assert estimate(problem, small, H100) < estimate(problem, large, H100)
+    with_bias = PROBLEM._replace(bias=True)
+    assert tuning.shared_bytes(PROBLEM, TUNED, H100) < tuning.shared_bytes(with_bias, TUNED, H100)
+
+
+@pytest.mark.parametrize(
+    ("dim", "widths"),
+    [
+        (8, (16, 0)), (16, (16, 0)), (20, (32, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)),
+        (80, (64, 16)), (96, (64, 32)), (112, (128, 0)), (128, (128, 0)), (160, (128, 32)),
+        (192, (128, 64)), (256, (256, 0)),
+    ],
+)  # fmt: skip
+def test_split_dim(dim, widths):
+    assert tuning.split_dim(dim) == widths
+
+
+@pytest.mark.parametrize(
+    ("gpu", "family"),
+    [
+        (replace(H100, arch="sm_103"), "sm_100"),
+        (replace(H100, arch="sm_87", shared=163 * KIB), "sm_80"),
+        (replace(H100, arch="sm_121", shared=99 * KIB), "small"),
+        (replace(H100, arch="gfx950", shared=160 * KIB), "gfx942"),
+    ],
+)
+def test_an_unknown_gpu_takes_the_nearest_rows_and_says_so(gpu, family):
+    assert tuning.family(gpu) == family
+    assert gpu.arch in tuning.note(gpu) and family in tuning.note(gpu)
+    assert tuning.fits(PROBLEM, tuning.configuration(PROBLEM, gpu), gpu)
+    assert tuning.note(H100) is None
+
+
+def test_override_nests_and_ends():
+    before = tuning.configuration(PROBLEM, H100)
+    with tuning.override("forward", TUNED) as outer:
+        assert not outer.used
+        with tuning.override("forward", Config(16, 16, 4, 1)):
+            assert tuning.configuration(PROBLEM, H100) == (16, 16, 4, 1)
+        assert not outer.used
+        assert tuning.configuration(PROBLEM, H100) == TUNED and outer.used
+        assert tuning.configuration(PROBLEM._replace(kernel="decode"), H100) != TUNED
+    assert tuning.configuration(PROBLEM, H100) == before
+    with pytest.raises(ValueError, match=r"kernel is 'backwards'; it must be one of .*forward"):
+        tuning.override("backwards", TUNED)
+
+
+def test_a_tuned_configuration_is_used_for_its_problem_alone():
+    tuning_store.merge(H100.name, [entry()])
+    assert tuning.configuration(PROBLEM, H100) == TUNED
+    for other in (PROBLEM._replace(masked=False), PROBLEM._replace(head_dim=64)):
+        assert tuning.configuration(other, H100) == tuning.default(other, H100)
+    assert tuning.configuration(PROBLEM, KNOWN_GPUS["sm_80"]) != TUNED
+    with tuning.override("forward", Config(16, 16, 4, 1)):
+        assert tuning.configuration(PROBLEM, H100) == (16, 16, 4, 1)
+
+
+def test_the_file_is_read_once(monkeypatch):
+    tuning.configuration(PROBLEM, H100)
+    monkeypatch.setattr(tuning_store, "read", lambda name: pytest.fail("read again"))
+    tuning.configuration(PROBLEM._replace(head_dim=64), H100)
+
+
+def test_tuning_can_be_switched_off(monkeypatch):
+    tuning_store.merge(H100.name, [entry()])
+    monkeypatch.setenv("MMKERNELS_TUNING", "0")
+    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    assert "MMKERNELS_TUNING=0" in tuning.note(H100)
+
+
+def test_entries_of_another_triton_are_not_used_and_not_lost():
+    file = tuning_store.merge(H100.name, [entry(triton="2.0.0")])
+    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    assert str(file) in tuning.note(H100) and "another triton" in tuning.note(H100)
+    tuning_store.merge(H100.name, [entry()])
+    tuning.forget()
+    assert tuning.configuration(PROBLEM, H100) == TUNED
+    assert tuning.note(H100) is None
+    assert tuning_store.read(H100.name)[0]["triton"] == "2.0.0"
+
+
+def test_a_tuned_configuration_that_does_not_fit_is_reported():
+    tuning_store.merge(H100.name, [entry(config=Config(128, 128, 4, 4))])
+    with pytest.warns(UserWarning, match=r"'forward D128.* does not fit NVIDIA H100.*tune"):
+        assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "{", "[]", "{}", '{"entries": 3}', '{"entries": [3]}',
+        '{"entries": [{"problem": "x"}]}',
+        '{"entries": [{"problem": "x", "config": {"BLOCK_M": 64}}]}',
+        json.dumps({"entries": [entry(config=Config(64, 0, 4, 2))]}),
+        json.dumps({"entries": [entry(config=Config(64, "64", 4, 2))]}),
+    ],
+)  # fmt: skip
+def test_a_corrupt_file_is_reported_with_the_fix_and_left_alone(content):
+    file = tuning_store.path(H100.name)
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.warns(UserWarning, match="delete it, then run python -m mmkernels tune"):
+        assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuning.configuration(PROBLEM._replace(head_dim=64), H100)  # once a process
+    assert str(file) in tuning.note(H100)
+    with pytest.raises(ValueError, match=rf"{file} is not a file of tuned configurations \("):
+        tuning_store.merge(H100.name, [entry()])
+    assert file.read_text() == content
+
+
+def test_saving_keeps_what_is_there_and_replaces_the_same_problem():
+    other = PROBLEM._replace(head_dim=64)
+    tuning_store.merge(H100.name, [entry(), entry(other)])
+    tuning_store.merge(H100.name, [entry(config=Config(128, 32, 8, 1))])
+    tuning.forget()
+    assert tuning.configuration(PROBLEM, H100) == (128, 32, 8, 1)
+    assert tuning.configuration(other, H100) == TUNED
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(monkeypatch):
+    file = tuning_store.merge(H100.name, [entry()])
+    old = file.read_text()
+    monkeypatch.setattr(json, "dump", lambda value, stream, **_: stream.write("{") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tuning_store.merge(H100.name, [entry(PROBLEM._replace(head_dim=64))])
+    assert file.read_text() == old
+    assert not list(file.parent.glob("*.part"))
+
+
+def test_the_file_is_named_after_the_gpu(cache, monkeypatch):
+    wanted = cache / "mmkernels" / "tuning-nvidia-rtx-pro-6000.json"
+    assert tuning_store.path("NVIDIA RTX PRO 6000") == wanted
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(cache / "home"))
+    assert tuning_store.path("A/B").parent == cache / "home" / ".cache" / "mmkernels"
+    assert tuning_store.path("A/B").name == "tuning-a-b.json"
