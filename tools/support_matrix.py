@@ -1,14 +1,16 @@
 """`python -m tools.support_matrix`: rewrites README's support matrix from what the backends say.
 
 Each row is a call. `mmkernels.explain` asks every backend whether it would serve it, forward and
-backward; nothing runs.
+backward; nothing runs. The CUDA tensors are fake ones, which need no GPU.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmkernels as mm
 from mmkernels._core import registry
@@ -16,6 +18,13 @@ from mmkernels._core.registry import Explanation
 from tools.generated import ROOT, replaced, table
 
 README = ROOT / "README.md"
+# By device: the backends that its table leaves out, and why.
+LEFT_OUT = {
+    "cpu": {
+        "triton": "`triton` serves CPU tensors in Triton's interpreter only, by name, for tests."
+    },
+    "cuda": {"cpu": "`cpu` serves CPU tensors only."},
+}
 
 
 class Row(NamedTuple):
@@ -35,7 +44,7 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-    """One call for each feature, on the CPU."""
+    """One call for each feature, on the default device."""
 
     def qkv(dtype: torch.dtype = torch.float32, kv_heads: int = 4, value_dim: int = 32) -> tuple:
         widths = ((4, 32), (kv_heads, 32), (kv_heads, value_dim))
@@ -52,11 +61,12 @@ def rows() -> list[Row]:
     decode = (torch.empty(2, 1, 4, 32), torch.empty(2, 64, 2, 32), torch.empty(2, 64, 2, 32))
     pages = torch.arange(8, dtype=torch.int32).view(2, 4)
     cache = {"cache_seqlens": 40}
+    prefix = mm.masks.prefix_lm(4, 16, device=torch.get_default_device())
     return [
         *(attention(str(dtype).removeprefix("torch."), *qkv(dtype)) for dtype in dtypes),
         attention("fewer key heads than query heads", *qkv(kv_heads=2)),
         attention("values wider or narrower than keys", *qkv(value_dim=40)),
-        attention("interval mask", mask=mm.masks.prefix_lm(4, 16)),
+        attention("interval mask", mask=prefix),
         attention("dense bool mask", mask=torch.arange(16) % 2 == 0),
         attention("bias", bias=torch.empty(4, 16, 16)),
         attention("bias with a gradient", bias=torch.empty(4, 16, 16, requires_grad=True)),
@@ -76,19 +86,25 @@ def rows() -> list[Row]:
     ]
 
 
-def backends() -> list[str]:
-    """The names of all backends of any operation, fastest first."""
+def backends(device: str) -> list[str]:
+    """The backends of a device's table, in order of preference."""
     names = {backend.name for op in registry.operations() for backend in registry.backends(op)}
-    return sorted(names, key=registry.PREFERENCE.index)
+    return [name for name in registry.PREFERENCE if name in names - LEFT_OUT[device].keys()]
 
 
-def matrix() -> str:
-    """The table in Markdown, and the reasons behind every cell that is not a plain yes."""
-    names = backends()
+def answers(device: str) -> list[tuple[Row, list[Explanation]]]:
+    """Every row on that device and what the backends say about its passes."""
+    mode = FakeTensorMode() if device == "cuda" else contextlib.nullcontext()
+    with mode, torch.device(device):
+        return [(row, list(row.explain())) for row in rows()]
+
+
+def matrix(device: str) -> str:
+    """A device's table in Markdown, and the reasons behind every cell that is not a plain yes."""
+    names = backends(device)
     lines: list[list[str]] = []
     declined: dict[str, dict[str, None]] = {name: {} for name in names}  # as ordered sets
-    for row in rows():
-        passes = list(row.explain())
+    for row, passes in answers(device):
         cells = []
         for name in names:
             reasons = [p.reasons.get(name, f"has no {p.op}") for p in passes]
@@ -96,17 +112,24 @@ def matrix() -> str:
             cells.append("yes" if all(served) else "forward" if served[0] else "no")
             declined[name].update(dict.fromkeys(r for r in reasons if r is not None))
         lines.append([row.feature, f"`{row.function.__name__}`", *cells])
-    parts = [table(["on CPU tensors", "called as", *(f"`{name}`" for name in names)], lines)]
+    header = [f"on {device.upper()} tensors", "called as", *(f"`{name}`" for name in names)]
+    parts = [table(header, lines)]
     for name, reasons in declined.items():
         if reasons:
             items = "\n".join(f"- {reason}" for reason in reasons)
             parts.append(f"Why `{name}` declines:\n\n{items}")
+    parts += LEFT_OUT[device].values()
     return "\n\n".join(parts)
+
+
+def block() -> str:
+    """What stands in README."""
+    return "\n\n".join(matrix(device) for device in LEFT_OUT)
 
 
 def main() -> None:
     """Rewrites the matrix in README.md."""
-    README.write_text(replaced(README.read_text(), "support matrix", matrix()))
+    README.write_text(replaced(README.read_text(), "support matrix", block()))
 
 
 if __name__ == "__main__":
