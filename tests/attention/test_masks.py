@@ -397,7 +397,8 @@ def test_fake_masks_neither_come_from_the_cache_nor_stay_in_it():
     masks.causal(5)
     with FakeTensorMode():
         assert isinstance(masks.causal(5).start, FakeTensor)
-        assert masks.prefix_lm(2, 5, device="cuda").end.device.type == "cuda"  # with no GPU, too
+        if torch.backends.cuda.is_built():  # with no GPU, too
+            assert masks.prefix_lm(2, 5, device="cuda").end.device.type == "cuda"
     assert type(masks.causal(5).start) is Tensor
     assert len(masks._cache) == 1
 
