@@ -152,7 +152,8 @@ def test_a_tuned_configuration_is_used_for_its_problem_alone():
 def test_the_file_is_read_once(monkeypatch):
     tuning.configuration(PROBLEM, H100)
     monkeypatch.setattr(tuning_store, "read", lambda name: pytest.fail("read again"))
-    tuning.configuration(PROBLEM._replace(head_dim=64), H100)
+    other = PROBLEM._replace(head_dim=64)
+    assert tuning.configuration(other, H100) == tuning.default(other, H100)
 
 
 def test_tuning_can_be_switched_off(monkeypatch):
