@@ -80,11 +80,11 @@ TABLE: dict[str, dict[str, tuple[Config, Config, Config]]] = {
     },
     # IEEE float32 has no tensor cores: its unrolled FMAs grow with the tile, so tiles stay small.
     "float32": {
-        "forward":          (Config(32, 64, 8, 2),   Config(32, 32, 8, 2),   Config(16, 16, 8, 2)),
+        "forward":          (Config(32, 32, 8, 2),   Config(16, 16, 8, 2),   Config(16, 16, 8, 2)),
         "backward_keys":    (Config(32, 32, 8, 2),   Config(16, 32, 8, 2),   Config(16, 16, 8, 2)),
-        "backward_queries": (Config(32, 32, 8, 2),   Config(32, 16, 8, 2),   Config(16, 16, 8, 2)),
+        "backward_queries": (Config(32, 32, 8, 2),   Config(16, 16, 8, 2),   Config(16, 16, 8, 2)),
         "backward_bias":    (Config(32, 32, 8, 1),   Config(32, 32, 8, 1),   Config(16, 16, 8, 1)),
-        "decode":           (Config(16, 64, 4, 2),   Config(16, 32, 4, 2),   Config(16, 16, 4, 2)),
+        "decode":           (Config(16, 32, 4, 2),   Config(16, 16, 4, 2),   Config(16, 16, 4, 2)),
     },
 }
 # fmt: on
