@@ -22,7 +22,6 @@ flash_attn_with_kvcache of FlashAttention, whose choice of the number of splits 
 """
 
 import functools
-import math
 
 import torch
 import triton
@@ -33,24 +32,22 @@ from mmkernels._core import tuning
 from mmkernels._core.triton_runtime import Gpu, gpu_of, input_precision, launch
 from mmkernels.attention import triton_arguments as arguments
 from mmkernels.attention.triton_forward import initial_state, product
-from mmkernels.attention.triton_tiles import LN2, LOG2E, any_not_finite, logits
+from mmkernels.attention.triton_tiles import LN2, LOG2E, any_not_finite, eights, logits
 
 
 @triton.jit
 def _load_rows(
     x, cells, h, m_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr,
-    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """x[block, first + o_slot, h, FIRST : FIRST + WIDTH] as (rows, WIDTH).
 
-    0 beyond DIM and outside of m_row. block and h are one for all rows or one a row. ALIGN divides
-    all strides but the last: Triton itself only asks if they are multiples of 16, and 72 is none.
+    0 beyond DIM and outside of m_row. block and h are one for all rows or one a row.
     """
     p, stride_b, stride_s, stride_h, stride_d = x
     block, first, o_slot = cells
     o_dim = FIRST + tl.arange(0, WIDTH)[None, :]
     o_row = block * stride_b + h * stride_h + first * stride_s + o_slot * stride_s
-    p_row = p + tl.multiple_of(o_row, ALIGN)
+    p_row = p + o_row
     mask = m_row[:, None]
     if FIRST + WIDTH > DIM:
         mask = mask & (o_dim < DIM)
@@ -84,7 +81,7 @@ def _cells(table, b, n0, m_key, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
 @triton.jit
 def _attend(
     query, cache, rows, scores, n0, tiles, WIDTHS: tl.constexpr, KIND: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr, PRECISION: tl.constexpr,
     CLEAN: tl.constexpr,
 ):  # fmt: skip
     """acc1, acc2, m_i and l_i of so many tiles of keys, from n0 on."""
@@ -104,10 +101,10 @@ def _attend(
         o_col = n + tl.arange(0, BLOCK_N)
         m_key = (o_col >= lo) & (o_col < hi)
         cells = _cells(table, b, n, m_key, BLOCK_N, PAGE_SIZE)
-        k1 = _load_rows(k, cells, h, m_key, 0, D1, D, ALIGN)
+        k1 = _load_rows(k, cells, h, m_key, 0, D1, D)
         qk = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
         if D2 > 0:
-            k2 = _load_rows(k, cells, h, m_key, D1, D2, D, ALIGN)
+            k2 = _load_rows(k, cells, h, m_key, D1, D2, D)
             qk = tl.dot(q2, tl.trans(k2), qk, input_precision=PRECISION)
         s, _ = logits(qk, o_row[:, None], o_col[None, :], start[:, None], end[:, None], scores,
                       seqlen_q, length, KIND, True)  # fmt: skip
@@ -122,10 +119,10 @@ def _attend(
             p = tl.math.exp2(s * c - (pivot * c)[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
         m_visible = s > float("-inf")
-        v1 = _load_rows(v, cells, h, m_key, 0, V1, DV, ALIGN)
+        v1 = _load_rows(v, cells, h, m_key, 0, V1, DV)
         acc1 = product(p, v1, acc1 * alpha[:, None], m_visible, CLEAN, PRECISION)
         if V2 > 0:
-            v2 = _load_rows(v, cells, h, m_key, V1, V2, DV, ALIGN)
+            v2 = _load_rows(v, cells, h, m_key, V1, V2, DV)
             acc2 = product(p, v2, acc2 * alpha[:, None], m_visible, CLEAN, PRECISION)
     return acc1, acc2, m_i * c, l_i
 
@@ -158,7 +155,7 @@ def decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr,
     V2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, PLAIN: tl.constexpr,
-    SPLIT: tl.constexpr, RAGGED: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RAGGED: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one key head over one share of the keys: out and lse; SPLIT: acc, m and l.
 
@@ -195,9 +192,12 @@ def decode_kernel(
     n0 += split * share * BLOCK_N
     count = tl.minimum(share, count - split * share)  # below 0 behind the last one
 
-    q = (p_q, stride_qb, stride_qs, stride_qh, stride_qd)
-    k = (p_k, stride_kb, stride_ks, stride_kh, stride_kd)
-    v = (p_v, stride_vb, stride_vs, stride_vh, stride_vd)
+    q = (p_q, eights(stride_qb, EIGHTS), eights(stride_qs, EIGHTS),
+         eights(stride_qh, EIGHTS), stride_qd)  # fmt: skip
+    k = (p_k, eights(stride_kb, EIGHTS), eights(stride_ks, EIGHTS),
+         eights(stride_kh, EIGHTS), stride_kd)  # fmt: skip
+    v = (p_v, eights(stride_vb, EIGHTS), eights(stride_vs, EIGHTS),
+         eights(stride_vh, EIGHTS), stride_vd)  # fmt: skip
     cache = (k, v, (p_table, stride_table_b, stride_table_s, last_page), b, kv_h)
     rows = (o_row, start, end, lo, hi, seqlen_q, length)
     slope = 0.0
@@ -206,21 +206,21 @@ def decode_kernel(
     c = softmax_scale * LOG2E if PLAIN else 1.0
     scores = (c, slope, softmax_scale, softcap, 0, 0, 0, 0)
     cells = (b, 0, o_row.to(tl.int64))
-    q1 = _load_rows(q, cells, h, m_row, 0, D1, D, ALIGN)
+    q1 = _load_rows(q, cells, h, m_row, 0, D1, D)
     q2 = q1
     if D2 > 0:
-        q2 = _load_rows(q, cells, h, m_row, D1, D2, D, ALIGN)
+        q2 = _load_rows(q, cells, h, m_row, D1, D2, D)
     query = (q1, q2)
 
     acc1, acc2, m_i, l_i = _attend(query, cache, rows, scores, n0, count, WIDTHS, KIND, BLOCK_N,
-                                   PAGE_SIZE, ALIGN, PRECISION, False)  # fmt: skip
+                                   PAGE_SIZE, PRECISION, False)  # fmt: skip
     if RAGGED:
         bad = any_not_finite(acc1, end > start)
         if V2 > 0:
             bad = bad | any_not_finite(acc2, end > start)
         if bad > 0:
             acc1, acc2, m_i, l_i = _attend(query, cache, rows, scores, n0, count, WIDTHS, KIND,
-                                           BLOCK_N, PAGE_SIZE, ALIGN, PRECISION, True)  # fmt: skip
+                                           BLOCK_N, PAGE_SIZE, PRECISION, True)  # fmt: skip
 
     o_out = (b * seqlen_q + o_row) * heads + h
     m_out = m_row
@@ -359,7 +359,7 @@ def decode(
         window_left=min(window_left, unbounded) if window_left >= 0 else unbounded,
         window_right=min(window_right, unbounded) if window_right >= 0 else unbounded,
         PAGE_SIZE=block_size if paged else 0, SPLIT=splits > 1, RAGGED=seqlen_q > 1,
-        ALIGN=math.gcd(8, *(n for x in (q, k_cache, v_cache) for n in x.stride()[:3])),
+        EIGHTS=arguments.eights(q, k_cache, v_cache),
         PRECISION=input_precision(q.dtype),
     )  # fmt: skip
     if splits > 1:
