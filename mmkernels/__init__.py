@@ -1,8 +1,8 @@
-"""Fused attention for multimodal transformers.
+"""Fused attention and patch embedding for multimodal transformers.
 
-`mm.attention` and its relatives run on the fastest backend that can serve a call, are checked
-against one plain PyTorch reference, and work on any CPU. Importing the package touches no driver;
-triton and the compiled extension are optional.
+`mm.attention`, `mm.patch_embed` and their relatives run on the fastest backend that can serve a
+call, are checked against one plain PyTorch reference, and work on any CPU. Importing the package
+touches no driver; triton and the compiled extension are optional.
 
     import mmkernels as mm
     out = mm.attention(q, k, v, mask=mm.masks.prefix_lm(64, seqlen_q=256))
@@ -28,6 +28,7 @@ if torch_error is None:
         scaled_dot_product_attention,
     )
     from mmkernels.errors import BackendUnavailable
+    from mmkernels.patch_embed.api import patch_embed, patch_embed_varlen
 
 __all__ = [
     "BackendUnavailable",
@@ -36,6 +37,8 @@ __all__ = [
     "attention_with_kvcache",
     "explain",
     "masks",
+    "patch_embed",
+    "patch_embed_varlen",
     "scaled_dot_product_attention",
     "use_backend",
 ]

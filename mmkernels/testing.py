@@ -5,9 +5,10 @@ mean error are at most twice those of eager PyTorch in the same dtype, plus roun
 output's dtype, and for attention that of lse and delta, which its passes share.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels._core.ops import lse_dtype
@@ -142,6 +143,54 @@ def eager_attention(
     weights = torch.softmax(scores, -1)[..., : k.shape[1]].masked_fill(unseeing, 0.0)
     lse = torch.logsumexp(scores, -1, keepdim=True).masked_fill(unseeing, -torch.inf)
     return (weights @ value).transpose(1, 2), lse.squeeze(-1)
+
+
+def eager_patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] | None = None,
+    pos_embed: Tensor | None = None,
+    pos_index: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
+    pad: bool = False,
+) -> Tensor:
+    """(B, P + N, D) as model code writes it, every step in the weight's dtype: the yardstick.
+
+    Pixels are normalised in float32, as processors do. Arguments as of `mmkernels.patch_embed`:
+    pixels (B, C, *size) with channels first, prefix_tokens (P, D) or (B, P, D), pixel_mean and
+    pixel_std one number a channel.
+    """
+    x = pixels
+    if x.dtype == torch.uint8:
+        x = x.to(torch.promote_types(weight.dtype, torch.float32)) / 255
+    if pixel_mean is not None and pixel_std is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shape = (-1, *(1,) * (x.ndim - 2))
+        mean, std = (torch.tensor(n, dtype=wide, device=x.device) for n in (pixel_mean, pixel_std))
+        x = (x.to(wide) - mean.view(shape)) / std.view(shape)
+    x = x.to(weight.dtype)
+    kernel = weight.shape[2:]
+    steps = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride or kernel)
+    if pad:
+        rest = [max(k - n, (k - n) % s) for n, k, s in zip(x.shape[2:], kernel, steps, strict=True)]
+        x = F.pad(x, [amount for n in reversed(rest) for amount in (0, n)])
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+    tokens = conv(x, weight, bias, stride=steps).flatten(2).transpose(1, 2)
+    if token_mask is not None and mask_token is not None:
+        tokens = torch.where(token_mask[..., None], mask_token, tokens)
+    pos = pos_embed if pos_embed is None or pos_index is None else pos_embed[pos_index.long()]
+    if pos is not None and pos.shape[-2] == tokens.shape[1]:
+        tokens, pos = tokens + pos, None
+    if prefix_tokens is not None:
+        prefix = prefix_tokens.expand(len(tokens), -1, -1)
+        tokens = torch.cat((prefix, tokens), 1)
+    return tokens if pos is None else tokens + pos
 
 
 def attention_rounding(dtype: torch.dtype, *shared: Tensor) -> float:

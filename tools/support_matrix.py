@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     feature: str
     function: Callable[..., Any]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]
     options: dict[str, Any]
 
     def explain(self) -> Iterator[Explanation]:
@@ -52,6 +52,16 @@ def rows() -> list[Row]:
             torch.empty(2, 16, *width, dtype=dtype, requires_grad=True) for width in widths
         )
 
+    def images(
+        feature: str,
+        pixels: Tensor,
+        *patch: int,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Row:
+        weight = torch.empty(32, 3, *patch, dtype=dtype, requires_grad=True)
+        return Row(feature, mm.patch_embed, (pixels, weight), options)
+
     def attention(feature: str, *tensors: Tensor, **options: Any) -> Row:
         return Row(feature, mm.attention, tensors or qkv(), options)
 
@@ -61,6 +71,13 @@ def rows() -> list[Row]:
     decode = (torch.empty(2, 1, 4, 32), torch.empty(2, 64, 2, 32), torch.empty(2, 64, 2, 32))
     pages = torch.arange(8, dtype=torch.int32).view(2, 4)
     cache = {"cache_seqlens": 40}
+    floats, weight = torch.empty(2, 3, 32, 48), torch.empty(32, 3, 8, 8, requires_grad=True)
+    tail = {
+        "prefix_tokens": torch.empty(2, 32, requires_grad=True),
+        "pos_embed": torch.empty(26, 32, requires_grad=True),
+        "token_mask": torch.ones(24, dtype=torch.bool),
+        "mask_token": torch.empty(32, requires_grad=True),
+    }
     prefix = mm.masks.prefix_lm(4, 16, device=torch.get_default_device())
     return [
         *(attention(str(dtype).removeprefix("torch."), *qkv(dtype)) for dtype in dtypes),
@@ -83,6 +100,20 @@ def rows() -> list[Row]:
             {**cache, "block_table": pages},
         ),
         Row("KV cache, softcap", mm.attention_with_kvcache, decode, {**cache, "softcap": 30.0}),
+        images("images", floats, 8, 8),
+        images("images, float64 weights", floats, 8, 8, dtype=torch.float64),
+        images("images that are bytes, normalised", floats.to(torch.uint8), 8, 8, pixel_mean=0.5),
+        images("gradient of the pixels", floats.clone().requires_grad_(), 8, 8),
+        images("patches that overlap", floats, 8, 8, stride=4),
+        images("video", torch.empty(2, 3, 4, 32, 48), 2, 8, 8),
+        images("audio", torch.empty(2, 3, 64), 8),
+        images("prefix tokens, positions, masked tokens", floats, 8, 8, **tail),
+        Row(
+            "images of mixed size",
+            mm.patch_embed_varlen,
+            ([floats[0], floats[1, :, 8:]], weight),
+            {},
+        ),
     ]
 
 

@@ -7,7 +7,9 @@ opcheck serve all backends and `torch.compile` sees no graph break. Autograd liv
 Shapes: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), start and end (1 or B, Sq) int32,
 row_start and row_end (1 or B, Sk) int32, bias broadcastable to (B, Hq, Sq, Sk), alibi_slopes (Hq,)
 or (B, Hq), sinks (Hq,), seed (1,) int64, out (B, Sq, Hq, Dv), lse (B, Hq, Sq). Absent results have
-no elements, since a schema cannot say "Tensor or None".
+no elements, since a schema cannot say "Tensor or None". Those of the patch embedding stand in
+`patch_embed/call.py`; its out is (rows, D), and `wanted` says which of its gradients are: those of
+pixels, weight, bias, pos_embed, prefix and mask_token.
 """
 
 from collections.abc import Callable
@@ -15,12 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mmkernels._core import registry
+from mmkernels.patch_embed.call import Call, row_count
 
 _MASK = "Tensor? start, Tensor? end"
 _SCORES = "Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed"
 _NUMBERS = "float softmax_scale, float softcap, float dropout_p"
+_PATCHES = (
+    "Tensor[] pixels, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? pos_index,"
+    " Tensor? prefix, Tensor? token_mask, Tensor? mask_token, float[] pixel_mean,"
+    " float[] pixel_std, int[] stride, bool pad, bool pos_prefix, bool pos_per_sample,"
+    " bool mask_per_sample"
+)
 
 SCHEMAS = {
     "attention_forward": (
@@ -37,6 +47,11 @@ SCHEMAS = {
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table,"
         " Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, float softcap,"
         " int window_left, int window_right, str backend) -> (Tensor out, Tensor lse)"
+    ),
+    "patch_embed_forward": f"({_PATCHES}, str backend) -> Tensor",
+    "patch_embed_backward": (
+        f"(Tensor dout, {_PATCHES}, bool[] wanted, str backend) -> (Tensor[] dpixels,"
+        " Tensor dweight, Tensor dbias, Tensor dpos_embed, Tensor dprefix, Tensor dmask_token)"
     ),
 }
 
@@ -71,18 +86,39 @@ def _attention_decode_fake(
     return _attention_forward_fake(q, k_cache, v_cache)
 
 
-_FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+def _patch_embed_forward_fake(*inputs: Any) -> Tensor:
+    call = Call(*inputs[:-1])
+    return call.weight.new_empty(row_count(call), call.weight.shape[0])
+
+
+def _patch_embed_backward_fake(dout: Tensor, *inputs: Any) -> tuple:
+    *arguments, wanted, _ = inputs
+    call = Call(*arguments)
+    leaves = (call.weight, call.bias, call.pos_embed, call.prefix, call.mask_token)
+    return (
+        [x.new_empty(x.shape) for x in call.pixels] if wanted[0] else [],
+        *(
+            x.new_empty(x.shape) if want and x is not None else dout.new_empty(0)
+            for want, x in zip(wanted[1:], leaves, strict=True)
+        ),
+    )
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
     "attention_forward": _attention_forward_fake,
     "attention_backward": _attention_backward_fake,
     "attention_decode": _attention_decode_fake,
+    "patch_embed_forward": _patch_embed_forward_fake,
+    "patch_embed_backward": _patch_embed_backward_fake,
 }
 
 
-def _implementation(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    def run(*inputs: Any) -> tuple[Tensor, ...]:
+def _implementation(op: str) -> Callable[..., Any]:
+    def run(*inputs: Any) -> Any:
         arguments, backend = inputs[:-1], inputs[-1]
         run_backend = registry.select(op, backend, arguments)
-        device = arguments[2].device.type  # k or q, a tensor in every schema
+        first = arguments[0]  # a tensor, or a list of some, in every schema
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
         if not torch.is_autocast_enabled(device):
             return run_backend(*arguments)
         with torch.autocast(device, enabled=False):  # or it would cast the float32 inside
@@ -91,20 +127,33 @@ def _implementation(op: str) -> Callable[..., tuple[Tensor, ...]]:
     return run
 
 
-def _vmap_rule(op: str) -> Callable[..., tuple[tuple[Tensor, ...], tuple[int, ...]]]:
+def _vmap_rule(op: str) -> Callable[..., Any]:
     """One call per element: right for every argument, slower than folding into the batch."""
 
-    def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def element(x: Any, dim: Any, index: int) -> Any:
+        if isinstance(x, (list, tuple)):
+            dims = dim if isinstance(dim, (list, tuple)) else (dim,) * len(x)
+            return [element(*pair, index) for pair in zip(x, dims, strict=True)]
+        return x if dim is None else x.select(dim, index)
+
+    def stacked(results: list) -> Any:
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)
+        return type(results[0])(stacked(list(parts)) for parts in zip(*results, strict=True))
+
+    def batch_dims(results: Any) -> Any:
+        if isinstance(results, Tensor):
+            return 0
+        return type(results)(map(batch_dims, results))
+
+    def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple[Any, Any]:
         run = getattr(torch.ops.mmkernels, op).default
-        results = []
-        for index in range(info.batch_size):
-            element = (
-                x if dim is None else x.select(dim, index)
-                for x, dim in zip(inputs, in_dims, strict=True)
-            )
-            results.append(run(*element))
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
+        calls = (
+            [element(x, dim, index) for x, dim in zip(inputs, in_dims, strict=True)]
+            for index in range(info.batch_size)
+        )
+        results = stacked([run(*arguments) for arguments in calls])
+        return results, batch_dims(results)
 
     return rule
 
@@ -118,6 +167,13 @@ for _op, _schema in SCHEMAS.items():
     torch.library.register_vmap(f"mmkernels::{_op}", _vmap_rule(_op), lib=_library)
 
 
+def _plain(x: Any) -> bool:
+    """Whether all tensors in x are torch's own, with memory: none that a subclass stands for."""
+    if isinstance(x, list):
+        return all(map(_plain, x))
+    return x is None or (type(x) in (Tensor, Parameter) and not x.is_meta)
+
+
 def call(op: str, *inputs: Any) -> Any:
     """Runs an op: through torch's dispatcher, unless nobody there would look at it.
 
@@ -129,8 +185,7 @@ def call(op: str, *inputs: Any) -> Any:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
-        or inputs[2].is_meta  # has shapes, which the fake implementation serves
-        or any(type(x) is not Tensor for x in inputs[:3] if x is not None)
+        or not (_plain(inputs[0]) and _plain(inputs[1]) and _plain(inputs[2]))
     )
     if watched:
         return getattr(torch.ops.mmkernels, op).default(*inputs)

@@ -75,12 +75,13 @@ class Sample(NamedTuple):
         return Sample(self.function, tensors, options, differentiable)
 
     def results(self, backend: str) -> list[tuple[Tensor, ...]]:
-        """(out, lse) and, for a differentiable call, the gradients of its tensors."""
-        out, lse = self.function(*self.tensors, **self.options, return_lse=True, backend=backend)
+        """What the call returns and, if it is differentiable, the gradients of its tensors."""
+        made = self.function(*self.tensors, **self.options, backend=backend)
+        outputs = made if isinstance(made, tuple) else (made,)
         if not self.differentiable:
-            return [(out, lse)]
-        loss = out.square().sum() + lse.sum()
-        return [(out.detach(), lse.detach()), torch.autograd.grad(loss, self.tensors)]
+            return [outputs]
+        loss = sum((x.square().sum() for x in outputs), torch.zeros((), device=outputs[0].device))
+        return [tuple(x.detach() for x in outputs), torch.autograd.grad(loss, self.tensors)]
 
 
 def sample_calls() -> list[Sample]:
@@ -93,9 +94,13 @@ def sample_calls() -> list[Sample]:
     qkv = [normal(2, 11, 4, 32), normal(2, 13, 2, 32), normal(2, 13, 2, 32)]
     cache = [normal(2, 1, 4, 32), normal(2, 16, 2, 32), normal(2, 16, 2, 32)]
     lengths = torch.tensor([13, 5], dtype=torch.int32)
+    images = [normal(2, 3, 20, 17), normal(40, 3, 8, 8) / 14, normal(40)]
     return [
-        Sample(mm.attention, qkv, {"causal": True}, True),
-        Sample(mm.attention_with_kvcache, cache, {"cache_seqlens": lengths}, False),
+        Sample(mm.attention, qkv, {"causal": True, "return_lse": True}, True),
+        Sample(
+            mm.attention_with_kvcache, cache, {"cache_seqlens": lengths, "return_lse": True}, False
+        ),
+        Sample(mm.patch_embed, images, {}, True),
     ]
 
 

@@ -110,19 +110,19 @@ def _device_why_not(index: int) -> str | None:
     return None
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why Triton kernels cannot run where x lies, or None."""
+def why_not(x: Tensor, name: str = "q") -> str | None:
+    """Why Triton kernels cannot run where x lies, or None; `name` is its name in the reason."""
     if (reason := import_error()) is not None:
         return reason
     if x.device.type == "cuda":
         # Fake tensors say "cuda" on machines without a GPU, too.
         return _device_why_not(x.device.index or 0) if torch.cuda.is_available() else None
     if x.device.type != "cpu":
-        return f"q is on {x.device}; Triton kernels run on CUDA and ROCm devices"
+        return f"{name} is on {x.device}; Triton kernels run on CUDA and ROCm devices"
     if _emulator is not None:
         return None
     if not interpreted():
-        return "q is on cpu; Triton kernels run on a GPU"
+        return f"{name} is on cpu; Triton kernels run on a GPU"
     if x.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; it serves float16 and float32"
     return None

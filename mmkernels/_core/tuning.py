@@ -28,10 +28,13 @@ from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS, Gpu
 
 __all__ = [
     "KERNELS", "Config", "Problem", "candidates", "configuration", "default", "family", "fits",
-    "forget", "key", "max_decode_rows", "note", "override", "registers", "shared_bytes",
-    "split_dim",
+    "forget", "key", "max_decode_rows", "note", "overridden", "override", "registers",
+    "shared_bytes", "split_dim",
 ]  # fmt: skip
 
+
+# Kernels of the patch embedding; their table is in `patch_embed/triton_config.py`.
+PATCH_KERNELS = ("patch_forward", "patch_weight")
 
 # Columns: heads of at most 64, 128 and 256. Values: BLOCK_M, BLOCK_N, num_warps, num_stages.
 # Chosen so that Triton 3.8 spills nothing, or next to nothing, in the loops over full tiles.
@@ -158,8 +161,9 @@ class override:
     """
 
     def __init__(self, kernel: str, config: Config) -> None:
-        if kernel not in KERNELS:
-            raise ValueError(f"override: kernel is {kernel!r}; it must be one of {KERNELS}")
+        known = (*KERNELS, *PATCH_KERNELS)
+        if kernel not in known:
+            raise ValueError(f"override: kernel is {kernel!r}; it must be one of {known}")
         self.kernel, self.config, self.used = kernel, config, False
 
     def __enter__(self) -> "override":
@@ -173,12 +177,17 @@ class override:
             _overrides[self.kernel] = self.before
 
 
+def overridden(kernel: str) -> Config | None:
+    """The configuration that an `override` asks for."""
+    if (asked := _overrides.get(kernel)) is None:
+        return None
+    asked.used = True
+    return asked.config
+
+
 def configuration(problem: Problem, gpu: Gpu) -> Config:
     """The configuration to launch a kernel with."""
-    if (asked := _overrides.get(problem.kernel)) is not None:
-        asked.used = True
-        return asked.config
-    return _chosen(problem, gpu)
+    return overridden(problem.kernel) or _chosen(problem, gpu)
 
 
 @functools.cache

@@ -1,0 +1,7 @@
+"""Patch embedding: pixels to tokens. The public names are in `api.py`."""
+
+from mmkernels.patch_embed import (  # noqa: F401 (each registers its backend)
+    cpu,
+    reference,
+    triton_backend,
+)
