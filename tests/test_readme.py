@@ -18,7 +18,8 @@ from tools.generated import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-OPTIONAL = {"transformers", "timm"}  # libraries that a block may need and a machine may lack
+# Libraries that a block may need and a machine may lack.
+OPTIONAL = {"transformers", "timm", "sklearn"}
 CHEAP = {"python -m mmkernels"}  # commands that are run here
 
 
