@@ -101,8 +101,8 @@ def _keys_step(
         dp = tl.dot(v2, tl.trans(dout2), dp, input_precision=PRECISION)
     dp = dropped(dp, dropout, b, h, o_row[None, :], o_col[:, None], KIND[3])
     delta = load_delta(p_delta, bh, o_row, seqlen_q)
-    ds = score_gradient(p, dp, delta[None, :], MASKED or KIND[0] != 0)
-    dqk = gradient_operand(ds * slope if KIND[2] else ds, scores[2], q1.dtype)
+    ds = score_gradient(p, dp, delta[None, :], slope, KIND[2], MASKED or KIND[0] != 0)
+    dqk = gradient_operand(ds, scores[2], q1.dtype)
     dk1 = tl.dot(dqk, q1, dk1, input_precision=PRECISION)
     if D2 > 0:
         dk2 = tl.dot(dqk, q2, dk2, input_precision=PRECISION)
@@ -259,8 +259,8 @@ def _queries_step(
         m_visible = (o_col[None, :] >= start[:, None]) & (o_col[None, :] < end[:, None])
         p = tl.where(m_visible, p, 0.0)
     dp = dropped(dp, dropout, b, h, o_row[:, None], o_col[None, :], KIND[3])
-    ds = score_gradient(p, dp, delta[:, None], MASKED or KIND[0] != 0)
-    dqk = gradient_operand(ds * slope if KIND[2] else ds, scores[2], k1.dtype)
+    ds = score_gradient(p, dp, delta[:, None], slope, KIND[2], MASKED or KIND[0] != 0)
+    dqk = gradient_operand(ds, scores[2], k1.dtype)
     if CLEAN:
         k1 = tl.where(finite(k1), k1, 0.0).to(k1.dtype)
     dq1 = tl.dot(dqk, k1, dq1, input_precision=PRECISION)

@@ -72,14 +72,14 @@ def _tile_gradient(
         bh = b * heads + h
         lse2 = load_lse(p_lse, bh, o_row, seqlen_q)
         delta = load_delta(p_delta, bh, o_row, seqlen_q)
-        p, _slope = probabilities(
+        p, slope = probabilities(
             qk, lse2[:, None], o_row[:, None], o_col[None, :], scores, seqlen_q, seqlen_k, KIND,
             True,
         )  # fmt: skip
         m_visible = (o_col[None, :] >= start[:, None]) & (o_col[None, :] < end[:, None])
         p = tl.where(m_visible, p, 0.0)
         dp = dropped(dp, dropout, b, h, o_row[:, None], o_col[None, :], KIND[3])
-        ds = score_gradient(p, dp, delta[:, None], True)
+        ds = score_gradient(p, dp, delta[:, None], slope, False, True)
     return ds
 
 

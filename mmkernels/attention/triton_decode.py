@@ -31,7 +31,7 @@ from torch import Tensor
 from mmkernels._core import tuning
 from mmkernels._core.triton_runtime import Gpu, gpu_of, input_precision, launch
 from mmkernels.attention import triton_arguments as arguments
-from mmkernels.attention.triton_forward import initial_state, product
+from mmkernels.attention.triton_forward import divisor, initial_state, no_key, product
 from mmkernels.attention.triton_tiles import LN2, LOG2E, any_not_finite, eights, logits
 
 
@@ -115,7 +115,7 @@ def _attend(
         m_i = m_new
         if q1.dtype == tl.float32:
             p = tl.math.exp2((s - pivot[:, None]) * c)
-        else:  # one multiply-add; exact enough for scores below 2**26
+        else:  # one multiply-add; how large scores may be: docs/numerics.md
             p = tl.math.exp2(s * c - (pivot * c)[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
         m_visible = s > float("-inf")
@@ -129,9 +129,9 @@ def _attend(
 
 @triton.jit
 def _close(m_i, l_i, p_sink, SINKS: tl.constexpr):
-    """What makes out of acc, and lse, from m_i in powers of two and l_i, 0 without a key."""
-    m_empty = l_i == 0.0
-    l_i = tl.where(m_empty, 1.0, l_i)
+    """What makes out of acc, lse, and which rows saw no key, from m_i in powers of two and l_i."""
+    m_empty = no_key(m_i, l_i)
+    l_i = divisor(l_i, m_empty)
     m_i = tl.where(m_empty, 0.0, m_i)
     factor = 1.0 / l_i
     if SINKS:
@@ -141,7 +141,7 @@ def _close(m_i, l_i, p_sink, SINKS: tl.constexpr):
         l_i = l_i * alpha + tl.math.exp2(sink - m_all)
         factor = alpha / l_i
         m_i = m_all
-    return factor, tl.where(m_empty, float("-inf"), (m_i + tl.math.log2(l_i)) * LN2)
+    return factor, tl.where(m_empty, float("-inf"), (m_i + tl.math.log2(l_i)) * LN2), m_empty
 
 
 # Sizes change from call to call: they are not worth a compilation each.
@@ -231,10 +231,10 @@ def decode_kernel(
         tl.store(p_m + total.to(tl.int64) * splits, l_i, mask=m_row)
         m_out = m_row & (l_i != 0.0)  # the merge reads no other
     else:
-        factor, lse = _close(m_i, l_i, p_sinks + h if SINKS else p_sinks, SINKS)
+        factor, lse, m_empty = _close(m_i, l_i, p_sinks + h if SINKS else p_sinks, SINKS)
         tl.store(p_lse + (b * heads + h) * seqlen_q + o_row, lse, mask=m_row)
-        acc1 = tl.where((l_i == 0.0)[:, None], 0.0, acc1 * factor[:, None])
-        acc2 = tl.where((l_i == 0.0)[:, None], 0.0, acc2 * factor[:, None])
+        acc1 = tl.where(m_empty[:, None], 0.0, acc1 * factor[:, None])
+        acc2 = tl.where(m_empty[:, None], 0.0, acc2 * factor[:, None])
     p_row = p_out + (o_out * DV)[:, None]
     o_dim = tl.arange(0, V1)[None, :]
     tl.store(p_row + o_dim, acc1.to(p_out.dtype.element_ty), mask=m_out[:, None] & (o_dim < DV))
@@ -270,8 +270,8 @@ def merge_kernel(
         l_acc += l_i * weight
         acc += tl.load(p_acc, mask=m_acc, other=0.0) * weight[:, None]
     l_all = tl.sum(l_acc, 0)
-    factor, lse = _close(m_all, l_all, p_sinks + h if SINKS else p_sinks, SINKS)
-    out = tl.where(l_all == 0.0, 0.0, tl.sum(acc, 0) * factor)
+    factor, lse, m_empty = _close(m_all, l_all, p_sinks + h if SINKS else p_sinks, SINKS)
+    out = tl.where(m_empty, 0.0, tl.sum(acc, 0) * factor)
     tl.store(p_out + row * DV + o_dim, out.to(p_out.dtype.element_ty), mask=o_dim < DV)
     b = row // heads // seqlen_q
     tl.store(p_lse + (b * heads + h) * seqlen_q + row // heads % seqlen_q, lse)

@@ -102,7 +102,7 @@ def _step(
     alpha = tl.math.exp2((m_i - pivot) * c)
     if q1.dtype == tl.float32:
         p = tl.math.exp2((s - pivot[:, None]) * c)
-    else:  # one multiply-add; exact enough for scores below 2**26
+    else:  # one multiply-add; how large scores may be: docs/numerics.md
         p = tl.math.exp2(s * c - (pivot * c)[:, None])
     l_i = l_i * alpha + tl.sum(p, 1)
     if KIND[3]:  # dropout: lse knows nothing of it
@@ -130,6 +130,18 @@ def initial_state(BLOCK_M: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr):
         tl.full([BLOCK_M], float("-inf"), tl.float32),
         tl.zeros([BLOCK_M], tl.float32),
     )
+
+
+@triton.jit
+def no_key(m_i, l_i):
+    """Rows that saw no score above -inf. m_i alone knows nothing of NaN."""
+    return (l_i == 0.0) & (m_i == float("-inf"))
+
+
+@triton.jit
+def divisor(l_i, m_empty):
+    """l_i, 1 in empty rows; NaN, not infinity, where scores are too large for a sum."""
+    return tl.where(m_empty, 1.0, tl.where(l_i == 0.0, float("nan"), l_i))
 
 
 # Sizes, and strides that follow from them, are not worth a compilation each.
@@ -204,7 +216,7 @@ def forward_kernel(
                     dropout, b, h, kv_h, seqlen_q, seqlen_k, BLOCK_N, WIDTHS, KIND, HOW, True, True,
                 )  # fmt: skip
 
-    m_empty = (l_i == 0.0) | (start >= end)  # not by m_i, which knows nothing of NaN
+    m_empty = no_key(m_i, l_i) | (start >= end)
     m_i = tl.where(m_empty, 0.0, m_i) * c  # times log2(e) in either unit of scores
     if SINKS:
         sink = tl.load(p_sinks + h).to(tl.float32) * LOG2E
@@ -214,7 +226,7 @@ def forward_kernel(
         acc1 *= alpha[:, None]
         acc2 *= alpha[:, None]
         m_i = m_all
-    l_i = tl.where(m_empty, 1.0, l_i)
+    l_i = divisor(l_i, m_empty)
     factor = keep_scale / l_i if DROPOUT else 1.0 / l_i
     out1 = tl.where(m_empty[:, None], 0.0, acc1 * factor[:, None])
     store_tile(p_out, out1, b, h, m0, seqlen_q, heads, BLOCK_M, 0, V1, DV)

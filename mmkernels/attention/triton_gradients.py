@@ -70,9 +70,11 @@ def probabilities(
 
 
 @triton.jit
-def score_gradient(p, dp, delta, HIDES: tl.constexpr):
-    """ds = p (dp - delta); 0 where p is, even if dp is not finite there."""
+def score_gradient(p, dp, delta, slope, SOFTCAP: tl.constexpr, HIDES: tl.constexpr):
+    """ds = p (dp - delta), times softcap's slope; 0 where p is, even if these are not finite."""
     ds = p * (dp - delta)
+    if SOFTCAP:
+        ds = ds * slope
     if HIDES:
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds

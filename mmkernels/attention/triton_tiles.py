@@ -25,6 +25,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-2.3e38)  # times log2(e) still a float32
 
 # Values of the constexpr BIAS.
 NO_BIAS = tl.constexpr(0)
@@ -193,8 +194,10 @@ def logits(
                 s = tl.where(bias != 0, s, float("-inf"))
             else:
                 bias = bias.to(tl.float32)
-                # Not by addition alone: a hidden NaN stays NaN in it.
-                s = tl.where(bias == float("-inf"), bias, s + bias)
+                # Not by addition alone: a hidden NaN stays NaN in it. A finite sum stays finite in
+                # powers of two: the dtype's lowest value hides less than -inf does.
+                s = tl.maximum(s + bias, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+                s = tl.where(bias == float("-inf"), bias, s)
         s = s * LOG2E
     if MASKED:
         s = tl.where((o_col >= start) & (o_col < end), s, float("-inf"))
