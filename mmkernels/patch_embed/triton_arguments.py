@@ -1,6 +1,7 @@
 """The host's side of the Triton patch embedding kernels: their parameters from a call."""
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,15 @@ def pixel_arguments(call: Call, item: Item) -> dict[str, Any]:
             for n, s, k, size in zip(item.grid, call.stride, kernel, x.shape[2:], strict=True)
         ),
     }
+
+
+def alignment(call: Call, item: Item) -> int:
+    """The largest power of two, at most 16, that divides the way from any patch to another."""
+    steps = (1, *call.stride)
+    strides = (item.pixels.stride(0), *item.pixels.stride()[2:])
+    counts = (item.batch, *item.grid)
+    ways = (s * n for s, n, count in zip(steps, strides, counts, strict=True) if count > 1)
+    return math.gcd(16, *ways)
 
 
 def last_dense(x: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def weight_kernel(
     D: tl.constexpr, C: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
-    MASK: tl.constexpr, NORMALIZED: tl.constexpr, PAD: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, NORMALIZED: tl.constexpr, PAD: tl.constexpr, VIDEO: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M values of a token by BLOCK_N of a patch, summed over `share` of the patches."""
     STEP: tl.constexpr = (ST, SH, SW)
@@ -75,24 +76,34 @@ def weight_kernel(
     o_patch = first + tl.arange(0, BLOCK_P)
     tokens = grid_t * grid_h * grid_w
     b = o_patch // tokens
-    t, y, x_pos = patch_position(o_patch % tokens, (grid_t, grid_h, grid_w))
-    # How far BLOCK_P patches lead, digit by digit, so that the loop only adds and carries.
+    token = o_patch % tokens
+    t, y, x_pos = patch_position(token, (grid_t, grid_h, grid_w))
+    # BLOCK_P patches further on, digit by digit: the loop adds and carries, and nothing else. What a
+    # carry changes is the way from the end of a row, or an image, to the start of the next.
     step_b = BLOCK_P // tokens
     step_t = BLOCK_P % tokens // (grid_h * grid_w)
     step_y = BLOCK_P % (grid_h * grid_w) // grid_w
     step_x = BLOCK_P % grid_w
+    # Counted in units of ALIGN, or the compiler would not see through the carries what divides all.
+    wide = split.to(tl.int64) * 0  # a stride of 1 is a constexpr, which has no .to
+    way_b = (wide + stride_xb) // ALIGN
+    way_t = (wide + stride_xt) * ST // ALIGN
+    way_y = (wide + stride_xh) * SH // ALIGN
+    way_x = (wide + stride_xw) * SW // ALIGN
+    o_pixel = patch_offset(x, b, t, y, x_pos, STEP) // ALIGN
+    o_row = b.to(tl.int64) * sample_rows + prefix + token
+    way = step_b * way_b + step_t * way_t + step_y * way_y + step_x * way_x
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for m0 in tl.range(first, last, BLOCK_P):
-        m_patch = m0 + tl.arange(0, BLOCK_P) < last
-        token = (t * grid_h + y) * grid_w + x_pos
-        m_row = m_patch
+        m_row = m0 + tl.arange(0, BLOCK_P) < last
         if MASK:  # a masked token knows nothing of its pixels
-            p_slot = p_mask + (mask_first + b.to(tl.int64) * mask_stride + token)
-            m_row = m_row & (tl.load(p_slot, mask=m_patch, other=1) == 0)
-        o_row = b.to(tl.int64) * sample_rows + prefix + token
+            sample = (m0 + tl.arange(0, BLOCK_P)) // tokens
+            o_slot = sample.to(tl.int64) * (mask_stride - tokens) + m0 + tl.arange(0, BLOCK_P)
+            masked = tl.load(p_mask + mask_first + o_slot, mask=m_row, other=1)
+            m_row = m_row & (masked == 0)
         p_rows = p_dout + o_row[:, None] * D + o_d[None, :]
         dout = tl.load(p_rows, mask=m_row[:, None] & m_d[None, :], other=0.0)
-        p_values = p_x + patch_offset(x, b, t, y, x_pos, STEP)[:, None] + o_value[None, :]
+        p_values = p_x + (o_pixel * ALIGN)[:, None] + o_value[None, :]
         m_value = m_row[:, None] & m_k[None, :]
         if PAD:
             m_value = m_value & inside(t[:, None], y[:, None], x_pos[:, None], k_t[None, :],
@@ -102,16 +113,22 @@ def weight_kernel(
             pixels = normalize(pixels, m_value, scale, shift)
         pixels = pixels.to(dout.dtype)
         acc = tl.dot(tl.trans(dout), pixels, acc, input_precision=PRECISION)
+        o_pixel += way
+        o_row += BLOCK_P + step_b * prefix
         x_pos += step_x
         carry = x_pos >= grid_w
         x_pos -= tl.where(carry, grid_w, 0)
+        o_pixel += tl.where(carry, way_y - grid_w * way_x, 0)
         y += step_y + tl.where(carry, 1, 0)
         carry = y >= grid_h
         y -= tl.where(carry, grid_h, 0)
-        t += step_t + tl.where(carry, 1, 0)
-        carry = t >= grid_t
-        t -= tl.where(carry, grid_t, 0)
-        b += step_b + tl.where(carry, 1, 0)
+        o_pixel += tl.where(carry, (way_t if VIDEO else way_b) - grid_h * way_y, 0)
+        if VIDEO:
+            t += step_t + tl.where(carry, 1, 0)
+            carry = t >= grid_t
+            t -= tl.where(carry, grid_t, 0)
+            o_pixel += tl.where(carry, way_b - grid_t * way_t, 0)
+        o_row += tl.where(carry, prefix, 0)
     p_tile = p_dweight + (split.to(tl.int64) * D + o_d)[:, None] * K + o_k[None, :]
     tl.store(p_tile, acc, mask=m_d[:, None] & (o_k < K)[None, :])
 
@@ -214,7 +231,8 @@ def _weight_gradient(dout: Tensor, call: Call, item: Item, kept: Tensor) -> Tens
     launch(
         weight_kernel, (splits * tiles,), **config._asdict(), BLOCK_P=step, WIDTH=layout.WIDTH,
         CHUNKS=layout.CHUNKS, **arguments.pixel_arguments(call, item), patches=patches,
-        share=share, D=dim, p_dweight=parts, PRECISION=input_precision(dtype),
+        share=share, D=dim, p_dweight=parts, VIDEO=item.grid[0] > 1,
+        ALIGN=arguments.alignment(call, item), PRECISION=input_precision(dtype),
         p_dout=dout[item.first_row : item.first_row + item.batch * item.rows],
         **{name: tail[name] for name in
            ("p_mask", "sample_rows", "prefix", "mask_first", "mask_stride", "MASK")},
