@@ -6,13 +6,14 @@
 
 alpha is 1 / (255 std) for bytes, which so enter the product as they are, less the mean; where std
 differs between channels it is multiplied into the pixels instead. The product is MKL's in float32,
-or float64, and out is rounded once. Milliseconds on one core of an EPYC 7003 (AVX2), medians of 31
-in turns, of F.conv2d + flatten + pos, F.linear of the patches + pos, and this form:
+or float64, and out is rounded once. Milliseconds of one core of an EPYC 7003 (AVX2), medians in
+turns (11 of float32, 3 of bfloat16), of F.conv and of F.linear of the patches, both with class
+token and position after it, and of this form:
 
-    float32   ViT-B/16 224 b8: 29.2, 30.0, 21.8     CLIP-L/14 336 b2: 22.8, 17.3, 17.2
-              SigLIP/14 384 b2: 34.9, 28.8, 24.3    AST 16/10 b4: 34.9, 37.7, 24.5
-    bfloat16  ViT-B/16 224 b8: 821, 189, 23.2       CLIP-L/14 336 b2: 613, 166, 18.3
-              SigLIP/14 384 b2: 857, 230, 25.6      AST 16/10 b4: 702, 245, 24.6
+    float32   ViT-B/16 224 b8: 33.3, 30.2, 29.6      CLIP-L/14 336 b2: 20.3, 18.4, 18.0
+              SigLIP/14 384 b2: 33.2, 31.9, 31.3     AST 16/10 b4: 60.5, 62.7, 37.5
+    bfloat16  ViT-B/16 224 b8: 819, 194, 23.9        DINOv2-B/14 224 b8: 1545, 245, 28.2
+              VideoMAE 2x16x16 b1: 1982, 375, 59.8   AST 16/10 b4: 762, 283, 29.0
 
 So one form serves every shape, overlapping patches too, and 16-bit weights are multiplied in
 float32, unless the CPU has instructions for bfloat16: then that product stays in bfloat16.
@@ -31,7 +32,7 @@ from mmkernels.patch_embed.reference import padded
 from mmkernels.patch_embed.tail import masked_tokens, position_slots
 
 # Rows of one product: enough for MKL, and few enough for its operands to stay in the cache.
-CHUNK = 2048
+CHUNK = 4096
 # Whether this CPU has instructions for products in bfloat16.
 NATIVE_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
@@ -52,8 +53,8 @@ class Piece(NamedTuple):
     end: int
 
     def rows(self, chunk: Tensor) -> Tensor:
-        """The piece's rows (samples, rows, ...) of a chunk's; a view."""
-        return chunk[self.start : self.end].unflatten(0, (-1, self.item.rows))
+        """The piece's rows (samples, rows, ...) of a chunk's (rows, ...); a view."""
+        return chunk[self.start : self.end].view(-1, self.item.rows, chunk.shape[1])
 
 
 def chunks(call: Call) -> Iterator[tuple[slice, list[Piece]]]:
@@ -126,7 +127,7 @@ class Pixels:
             rows = piece.rows(operand)
             rows[:, :prefix] = 0.0
             patches = self.view(x, item.grid)
-            rows[:, prefix:].unflatten(1, item.grid).unflatten(4, patches.shape[4:]).copy_(patches)
+            rows[:, prefix:].view(patches.shape).copy_(patches)
             if (mask := masked(self.call, piece)) is not None:
                 rows[:, prefix:].masked_fill_(mask, 0.0)  # NaN times a gradient of 0 would be NaN
         return operand[: pieces[-1].end]
@@ -141,7 +142,7 @@ class Pixels:
         rows = piece.rows(doperand)[:, prefix_count(self.call) :]
         dx = doperand.new_zeros((len(rows), item.pixels.shape[1], *whole))
         target = self.view(dx, item.grid)
-        source = rows.unflatten(1, item.grid).unflatten(4, target.shape[4:])
+        source = rows.view(target.shape)
         # Patches that are so many apart share no pixel.
         t, y, x = (-(-k // s) for k, s in zip(kernel, stride, strict=True))
         for i in range(t):
