@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import report_patches
+from benchmarks.cells import met, milliseconds, ratio
 from tools.generated import ROOT, replaced, table
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -122,6 +124,8 @@ def summary(run: Run) -> str:
             f". At {shape}, float32, forward, the masks get {min(short):.2f}× to {max(short):.2f}×"
         )
     parts = [run.about(README.parent), table(["mask", "beside", *columns], lines), f"{text}."]
+    if patches := run.infos(report_patches.KIND):
+        parts.append(report_patches.summary(patches))
     return "\n\n".join(parts)
 
 
@@ -141,15 +145,13 @@ def tables(run: Run) -> str:
     ):
         if run.infos(kind):
             parts += [title, render(run)]
+    if patches := run.infos(report_patches.KIND):
+        parts += [f"### {report_patches.TITLE}", report_patches.details(patches)]
     return "\n\n".join(parts)
 
 
 def times_text(row: Row) -> str:
-    return f"{row.times['ratio']:.2f}×"
-
-
-def met(reached: bool) -> str:
-    return "yes" if reached else "**no**"
+    return ratio(row.times["ratio"])
 
 
 def speed_table(run: Run) -> str:
@@ -177,10 +179,6 @@ def comparison(compared: Iterable[Row]) -> str:
             met(row.times["ratio"] >= target) if target else "",
         ])  # fmt: skip
     return table(header, rows)
-
-
-def milliseconds(times: dict[str, Any]) -> str:
-    return f"{1e3 * times['median_s']:.4g} ± {1e3 * times['iqr_s']:.2g}"
 
 
 def growth_table(run: Run) -> str:

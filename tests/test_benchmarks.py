@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import report, report_patches
 from tools.generated import ROOT, replaced
 
 timing = pytest.importorskip("benchmarks.timing", reason="pytest-benchmark is not installed")
@@ -36,6 +36,10 @@ def test_a_smoke_test_runs_and_writes_all_that_a_reader_needs(tmp_path):
     assert (run.environment["quick"], run.environment["threads"]) == (True, 1)
     assert "pytest benchmarks --quick" in run.environment["command"]
     check_json(path)
+    patches = run.infos(report_patches.KIND)
+    assert len({info["shape"] for info in patches}) == 8
+    assert "### Patch embedding" in report.details(run)
+    assert "**Patch embedding.**" in report.summary(run)
 
 
 def check_json(path: Path) -> None:
@@ -58,6 +62,11 @@ def check_json(path: Path) -> None:
         for name, times in {"ours": info["ours"], **info["peers"]}.items():
             assert {"median_s", "iqr_s", "times_s"} <= set(times)
             assert ("ratio" in times) == ("pairwise_ratio" in times) == (name != "ours")
+    for info in run.infos(report_patches.KIND):
+        assert {"shape", "dtype", "mode", "target", "max_error"} <= set(info)
+        assert {"eager", "patches, F.linear"} <= set(info["peers"])
+        for times in info["peers"].values():
+            assert {"median_s", "iqr_s", "times_s", "ratio", "pairwise_ratio"} <= set(times)
     (growth,) = run.infos("growth")
     assert {"time_ratio", "target"} <= set(growth)
     # Exact enough at any size: what the call needs doubles with the sequence.
@@ -89,6 +98,45 @@ def test_a_wrong_result_stops_the_benchmark():
         wrong = [x * 1.001 if i == index else x for i, x in enumerate(results)]
         with pytest.raises(AssertionError, match=f"wrong: {name}"):
             problem.check("wrong", wrong)
+
+
+def test_a_wrong_patch_embedding_stops_the_benchmark():
+    from benchmarks.patch_peers import PatchProblem, Shape
+
+    problem = PatchProblem(Shape(2, 3, (8, 12), (4, 4), 16, prefix=1), torch.float32, True)
+    for name, solver in problem.solvers(backward=True, compiled=False).items():
+        results = solver()
+        assert problem.check(name, results) < 1e-4
+        for index, wrong in enumerate(["out", "dweight", "dbias", "dpos_embed", "dprefix_tokens"]):
+            changed = [x * 1.001 if i == index else x for i, x in enumerate(results)]
+            with pytest.raises(AssertionError, match=f"{name}: {wrong}"):
+                problem.check(name, changed)
+
+
+def patch_info(shape: str, dtype: str, eager: float, linear: float) -> dict:
+    """A patch embedding's numbers, with mmkernels at one second."""
+    times = {
+        name: {"median_s": seconds, "iqr_s": 0.0, "ratio": seconds, "pairwise_ratio": seconds}
+        for name, seconds in {"eager": eager, "patches, F.linear": linear}.items()
+    }
+    ours = {"median_s": 1.0, "iqr_s": 0.0}
+    return {
+        "shape": shape, "dtype": dtype, "mode": "forward", "target": 0.95, "ours": ours,
+        "peers": times,
+    }  # fmt: skip
+
+
+def test_report_of_patches_shows_the_best_peer_and_losses():
+    infos = [patch_info("a", "float32", 2.0, 0.9), patch_info("b", "bfloat16", 0.8, 1.5)]
+    text = report_patches.summary(infos)
+    assert "| a | 2.00×, 0.90× |  |" in text
+    assert "| b |  | 0.80×, 0.80× |" in text
+    assert "in 2 of 2 cells, at worst 0.80× (b, bfloat16, beside eager)." in text
+    won = report_patches.summary([patch_info("a", "float32", 2.0, 3.0)])
+    assert "in 0 of 1 cells." in won
+    details = report_patches.details(infos)
+    assert details.count("| yes | patches, F.linear | 0.90× |") == 1
+    assert details.count("| **no** | eager | 0.80× |") == 1
 
 
 def committed() -> report.Run:
