@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._core import ops
+from mmkernels._core.first_order import first_order
 
 
 def attend(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -64,27 +65,6 @@ class _TransformableAttention(_Attention):
         _save(ctx, inputs, output)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """The backward op, with an error for whoever differentiates it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _backward_op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        raise RuntimeError(
-            "attention: a second derivative was asked for, and this backend's backward pass has "
-            "none; use backend='reference', which is plain torch under autograd"
-        )
-
-
 def _forward_op(*inputs: Any) -> tuple[Tensor, Tensor]:
     q, k, v, start, end, _, _, bias, alibi_slopes, sinks, seed, *numbers, _, backend = inputs
     return ops.call(
@@ -94,6 +74,9 @@ def _forward_op(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _backward_op(*inputs: Any) -> tuple[Tensor, ...]:
     return ops.call("attention_backward", *inputs)
+
+
+_FirstOrder = first_order("attention", _backward_op)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._core import ops
+from mmkernels._core.first_order import first_order
 from mmkernels.patch_embed.call import Call
 
 # Position of each differentiable argument among `embed`'s: weight, bias, pos_embed, prefix,
@@ -47,7 +48,7 @@ class _PatchEmbed(torch.autograd.Function):
         wanted = [any(needs[15:]), *(needs[index] for index in _DIFFERENTIABLE)]
         arguments = (*saved[:7], *ctx.numbers, *saved[7:])
         run = _FirstOrder.apply if torch.is_grad_enabled() else _backward_op
-        grads = list(run(len(saved) - 7, dout, wanted, *arguments))
+        grads = list(run(dout, wanted, *arguments))
         found: list[Tensor | None] = [None] * len(arguments)
         for index, want in zip(_DIFFERENTIABLE, wanted[1:], strict=True):
             grad = grads.pop(0)
@@ -71,32 +72,14 @@ class _TransformablePatchEmbed(_PatchEmbed):
         _save(ctx, inputs)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """The backward op, with an error for whoever differentiates it."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _backward_op(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        raise RuntimeError(
-            "patch_embed: a second derivative was asked for, and this backend's backward pass has "
-            "none; use backend='reference', which is plain torch under autograd"
-        )
-
-
-def _backward_op(count: int, dout: Tensor, wanted: list[bool], *arguments: Any) -> tuple:
+def _backward_op(dout: Tensor, wanted: list[bool], *arguments: Any) -> tuple:
     """dweight, dbias, dpos_embed, dprefix, dmask_token, then dpixels."""
     *inputs, backend = _inputs(arguments)
     dpixels, *others = ops.call("patch_embed_backward", dout, *inputs, wanted, backend)
     return *others, *dpixels
+
+
+_FirstOrder = first_order("patch_embed", _backward_op)
 
 
 def _save(ctx: Any, arguments: tuple) -> None:

@@ -78,8 +78,8 @@ def weight_kernel(
     b = o_patch // tokens
     token = o_patch % tokens
     t, y, x_pos = patch_position(token, (grid_t, grid_h, grid_w))
-    # BLOCK_P patches further on, digit by digit: the loop adds and carries, and nothing else. What a
-    # carry changes is the way from the end of a row, or an image, to the start of the next.
+    # BLOCK_P patches further on, digit by digit: the loop adds and carries, and nothing else. A
+    # carry goes from the end of a row, or an image, to the start of the next.
     step_b = BLOCK_P // tokens
     step_t = BLOCK_P % tokens // (grid_h * grid_w)
     step_y = BLOCK_P % (grid_h * grid_w) // grid_w
