@@ -41,7 +41,7 @@ def entry(result: Result) -> dict[str, Any] | None:
         "config": result.best.config._asdict(),
         "milliseconds": result.best.milliseconds,
         "table_milliseconds": result.trials[0].milliseconds,
-        "triton": tuning_store.triton_version(),
+        **tuning_store.made_with(),
         "torch": torch.__version__,
         "mmkernels": mmkernels.__version__,
     }

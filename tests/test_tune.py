@@ -74,7 +74,7 @@ def test_the_fastest_is_saved_and_used():
         "config": FASTER._asdict(),
         "milliseconds": 3.0,
         "table_milliseconds": 10.0,
-        "triton": tuning_store.triton_version(),
+        **tuning_store.made_with(),
         "torch": torch.__version__,
         "mmkernels": mm.__version__,
     }

@@ -6,9 +6,12 @@ GPU's shared memory and registers before it is used, so a GPU with less of them 
 instead of a failed launch.
 """
 
+import contextvars
 import functools
 import itertools
+import types
 import warnings
+from collections.abc import Mapping
 
 import torch
 
@@ -24,7 +27,7 @@ from mmkernels._core.tile_fit import (
     shared_bytes,
     split_dim,
 )
-from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS, Gpu
+from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS, Gpu, input_precision
 
 __all__ = [
     "KERNELS", "Config", "Problem", "candidates", "configuration", "default", "family", "fits",
@@ -142,15 +145,19 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Config]:
 
 
 def key(problem: Problem) -> str:
-    """How a problem is called in the file of tuned configurations."""
+    """How a problem is called in the file of tuned configurations, at torch's present precision."""
     kernel, head_dim, value_dim, dtype, masked, bias = problem
     masked = masked or kernel == "decode"  # lengths are a mask
     bias = bias or kernel == "backward_bias"
     words = [kernel, f"D{head_dim}", f"Dv{value_dim}", str(dtype).removeprefix("torch.")]
+    words += ["tf32"] * (input_precision(dtype) == "tf32")
     return " ".join(words + ["masked"] * masked + ["bias"] * bias)
 
 
-_overrides: dict[str, "override"] = {}
+# By kernel. Of a context, and so of a thread: what one tries is not another's.
+_overrides: contextvars.ContextVar[Mapping[str, "override"]] = contextvars.ContextVar(
+    "overrides", default=types.MappingProxyType({})
+)
 
 
 class override:
@@ -165,21 +172,19 @@ class override:
         if kernel not in known:
             raise ValueError(f"override: kernel is {kernel!r}; it must be one of {known}")
         self.kernel, self.config, self.used = kernel, config, False
+        self.tokens: list[contextvars.Token] = []
 
     def __enter__(self) -> "override":
-        self.before = _overrides.get(self.kernel)
-        _overrides[self.kernel] = self
+        self.tokens.append(_overrides.set({**_overrides.get(), self.kernel: self}))
         return self
 
     def __exit__(self, *_: object) -> None:
-        del _overrides[self.kernel]
-        if self.before is not None:
-            _overrides[self.kernel] = self.before
+        _overrides.reset(self.tokens.pop())
 
 
 def overridden(kernel: str) -> Config | None:
     """The configuration that an `override` asks for."""
-    if (asked := _overrides.get(kernel)) is None:
+    if (asked := _overrides.get().get(kernel)) is None:
         return None
     asked.used = True
     return asked.config
@@ -187,11 +192,12 @@ def overridden(kernel: str) -> Config | None:
 
 def configuration(problem: Problem, gpu: Gpu) -> Config:
     """The configuration to launch a kernel with."""
-    return overridden(problem.kernel) or _chosen(problem, gpu)
+    precision = input_precision(problem.dtype)
+    return overridden(problem.kernel) or _chosen(problem, gpu, precision)
 
 
 @functools.cache
-def _chosen(problem: Problem, gpu: Gpu) -> Config:
+def _chosen(problem: Problem, gpu: Gpu, precision: str) -> Config:
     entry = tuning_store.load(gpu.name).entries.get(key(problem))
     if entry is not None:
         tuned = Config(*(entry["config"][field] for field in Config._fields))

@@ -28,6 +28,8 @@ class Sizes(NamedTuple):
 # than four stages of tiles hold.
 TIMED, CHECKED = Sizes(4, 2048, 2048, 16, 4), Sizes(2, 261, 653, 4, 2)
 TIMED_DECODE, CHECKED_DECODE = Sizes(32, 1, 4096, 32, 8), Sizes(3, 1, 653, 8, 2)
+# What a configuration of decode serves besides: several queries, and pages.
+PAGED_DECODE, PAGE_SIZE = Sizes(2, 5, 640, 8, 2), 64
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,41 @@ def make_case(
     """The case of a problem, with the usual sizes unless others are given."""
     decode = problem.kernel == "decode"
     large = _Call(problem, timed or (TIMED_DECODE if decode else TIMED), device, "causal")
-    small = _Call(problem, checked or (CHECKED_DECODE if decode else CHECKED), device, "ragged")
-    # The small call's from the reference, so that only the backward pass's error counts.
-    small.made = out, lse = small.forward("reference", torch.float64)
     large.made = large.forward(backend, problem.dtype) if large.backward else None
-    exact = small.run("reference", torch.float64)
-    eager = small.eager()
-    delta = (small.dout.double() * out).sum(-1).transpose(1, 2) - small.dlse
-    rounding = testing.attention_rounding(problem.dtype, lse, *[delta] * small.backward)
+    small = _Call(problem, checked or (CHECKED_DECODE if decode else CHECKED), device, "ragged")
+    checks = [_check(small, problem, backend)]
+    if decode:
+        checks.append(_check(_Call(problem, PAGED_DECODE, device, "", PAGE_SIZE), problem, backend))
 
     def verify() -> None:
-        got = small.run(backend, problem.dtype)
-        for name, x, wanted, yardstick in zip(small.names, got, exact, eager, strict=True):
-            testing.assert_accurate(name, x, wanted, yardstick, rounding)
+        for check in checks:
+            check()
 
     return Case(problem, verify, lambda: large.run(backend, problem.dtype))
+
+
+def _check(call: "_Call", problem: Problem, backend: str) -> Callable[[], None]:
+    """Runs a call; raises unless the results obey the error rule."""
+    # Its forward pass is the reference's, so that only the backward pass's error counts.
+    call.made = out, lse = call.forward("reference", torch.float64)
+    exact = call.run("reference", torch.float64)
+    eager = call.eager()
+    delta = (call.dout.double() * out).sum(-1).transpose(1, 2) - call.dlse
+    rounding = testing.attention_rounding(problem.dtype, lse, *[delta] * call.backward)
+
+    def check() -> None:
+        got = call.run(backend, problem.dtype)
+        for name, x, wanted, yardstick in zip(call.names, got, exact, eager, strict=True):
+            testing.assert_accurate(name, x, wanted, yardstick, rounding)
+
+    return check
 
 
 class _Call:
     """The inputs of the op that runs a problem's kernel.
 
     Attributes:
+        table: of a decode call whose cache is cut into pages, where each of them lies.
         backward: it is a backward op.
         names: of its results.
         made: out, lse of the forward pass, for a backward op.
@@ -85,7 +101,12 @@ class _Call:
     made: tuple[Tensor, Tensor] | None = None
 
     def __init__(
-        self, problem: Problem, sizes: Sizes, device: torch.device | str, mask: str
+        self,
+        problem: Problem,
+        sizes: Sizes,
+        device: torch.device | str,
+        mask: str,
+        page_size: int = 0,
     ) -> None:
         kernel, head_dim, value_dim, dtype, masked, _ = problem
         self.kernel, self.dtype = kernel, dtype
@@ -109,6 +130,11 @@ class _Call:
         elif masked:
             built = testing.MASKS[mask](batch, seqlen_q, seqlen_k)
             self.mask = built.to(device) if built is not None else None
+        self.table = None
+        if page_size:
+            pages = batch * seqlen_k // page_size
+            order = torch.randperm(pages, generator=generator, dtype=torch.int32)
+            self.table = order.view(batch, -1).to(device)
         self.backward = kernel.startswith("backward")
         self.names = ["dq", "dk", "dv"] if self.backward else ["out", "lse"]
         if kernel == "backward_bias":
@@ -131,9 +157,12 @@ class _Call:
         if self.kernel != "decode":
             return list(self.forward(backend, dtype))
         q, k, v = (x.to(dtype) for x in self.qkv)
+        if self.table is not None:
+            place = self.table.flatten().long().argsort()
+            k, v = (x.reshape(len(place), -1, *x.shape[2:])[place] for x in (k, v))
         numbers = (q.shape[-1] ** -0.5, 0.0, -1, 0)
         return list(
-            ops.attention_decode(q, k, v, self.lengths, None, None, None, *numbers, backend)
+            ops.attention_decode(q, k, v, self.lengths, self.table, None, None, *numbers, backend)
         )
 
     def _run_backward(

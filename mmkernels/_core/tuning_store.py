@@ -1,12 +1,14 @@
 """The file in the user's cache directory where `python -m mmkernels tune` keeps what it measured.
 
 One JSON file a GPU model, {"gpu": its name, "entries": [entry]}. An entry has "problem", "config",
-"milliseconds" and the versions of triton, torch and mmkernels that it was measured with; there is
-one a problem and version of triton.
+"milliseconds" and what it was measured with: the versions of triton, torch and mmkernels, and a
+digest of the kernels. One of another triton, or of other kernels, says nothing of these; it is kept
+and not used.
 """
 
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Entry = dict[str, Any]
-FIELDS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# Limits of a configuration's fields; all but the stages are powers of two.
+FIELDS = {"BLOCK_M": (16, 256), "BLOCK_N": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8)}
+KERNELS = Path(__file__).parents[1] / "attention"
 
 
 class Stored(NamedTuple):
@@ -28,28 +32,50 @@ class Stored(NamedTuple):
 
 
 def path(gpu_name: str) -> Path:
-    """Where the measurements of a GPU model lie; XDG_CACHE_HOME moves it."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where the measurements of a GPU model lie; XDG_CACHE_HOME moves it.
+
+    Raises:
+        OSError: the user has no home directory; names the fix.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # no HOME, and no entry in the system's list of users
+        raise OSError(f"no cache directory: {error} Set XDG_CACHE_HOME to a folder") from error
     slug = re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
     return home / "mmkernels" / f"tuning-{slug}.json"
 
 
-def triton_version() -> str | None:
+def made_with() -> dict[str, str | None]:
+    """What an entry must have been measured with to be used."""
     try:
-        return importlib.metadata.version("triton")
+        triton: str | None = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        triton = None
+    return {"triton": triton, "kernels": _digest()}
+
+
+@functools.cache
+def _digest() -> str:
+    """Of the kernels' sources."""
+    sources = (file.read_bytes() for file in sorted(KERNELS.glob("triton_*.py")))
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+
+
+def _allowed(field: str, value: object) -> bool:
+    low, high = FIELDS[field]
+    if type(value) is not int or not low <= value <= high:
+        return False
+    return field == "num_stages" or value & (value - 1) == 0
 
 
 def _flaw(entry: Any) -> str | None:
     if not isinstance(entry, dict) or not isinstance(entry.get("problem"), str):
         return "an entry has no problem"
     config = entry.get("config")
-    if isinstance(config, dict) and all(
-        type(config.get(field)) is int and config[field] > 0 for field in FIELDS
-    ):
+    if isinstance(config, dict) and all(_allowed(field, config.get(field)) for field in FIELDS):
         return None
-    return f"the entry of {entry['problem']!r} has no config of positive {', '.join(FIELDS)}"
+    ranges = ", ".join(f"{field} {low} to {high}" for field, (low, high) in FIELDS.items())
+    return f"the entry of {entry['problem']!r} has no config of {ranges}, in powers of two"
 
 
 def read(gpu_name: str) -> list[Entry]:
@@ -57,6 +83,7 @@ def read(gpu_name: str) -> list[Entry]:
 
     Raises:
         ValueError: the file cannot be read or is not one of ours; names the fix.
+        OSError: there is no place for a file.
     """
     file = path(gpu_name)
     try:
@@ -85,7 +112,8 @@ def merge(gpu_name: str, entries: list[Entry]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # or two processes that tune would lose entries
-        merged = {(e["problem"], e.get("triton")): e for e in [*read(gpu_name), *entries]}
+        everything = [*read(gpu_name), *entries]
+        merged = {(e["problem"], e.get("triton"), e.get("kernels")): e for e in everything}
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -101,19 +129,23 @@ def merge(gpu_name: str, entries: list[Entry]) -> Path:
 def load(gpu_name: str) -> Stored:
     """The usable entries of a GPU model, read once a process; MMKERNELS_TUNING=0: none."""
     if os.environ.get("MMKERNELS_TUNING") == "0":
-        return Stored({}, f"MMKERNELS_TUNING=0: {path(gpu_name)} is not used")
+        return Stored({}, "MMKERNELS_TUNING=0: no tuned configuration is used")
     try:
         everything = read(gpu_name)
+    except OSError as error:
+        return Stored({}, f"no tuned configuration is used: {error}")
     except ValueError as error:
         warnings.warn(f"{error}. Until then the built-in table serves.", stacklevel=2)
         return Stored({}, str(error))
-    version = triton_version()
-    entries = {e["problem"]: e for e in everything if e.get("triton") == version}
+    if not everything:
+        return Stored({}, None)
+    now = made_with()
+    entries = {e["problem"]: e for e in everything if all(e.get(k) == v for k, v in now.items())}
     others = {e["problem"] for e in everything} - entries.keys()
     if not others:
         return Stored(entries, None)
     return Stored(
         entries,
-        f"{len(others)} tuned configurations in {path(gpu_name)} are of another triton than "
-        f"{version} and are not used; run python -m mmkernels tune",
+        f"{len(others)} tuned configurations in {path(gpu_name)} were measured with another triton "
+        f"than {now['triton']} or other kernels and are not used; run python -m mmkernels tune",
     )

@@ -1,13 +1,16 @@
 """Has every problem a configuration that fits on every GPU, and the user's own comes first?"""
 
+import contextlib
 import json
+import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmkernels._core import tuning, tuning_store
+from mmkernels._core import triton_runtime, tuning, tuning_store
 from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS
 from mmkernels._core.tuning import Config, Problem
 
@@ -29,11 +32,12 @@ def cache(tmp_path, monkeypatch):
     tuning.forget()
 
 
-def entry(problem=PROBLEM, config=TUNED, triton=None):
+def entry(problem=PROBLEM, config=TUNED, **made_with):
     return {
         "problem": tuning.key(problem),
         "config": config._asdict(),
-        "triton": triton or tuning_store.triton_version(),
+        **tuning_store.made_with(),
+        **made_with,
     }
 
 
@@ -163,15 +167,83 @@ def test_tuning_can_be_switched_off(monkeypatch):
     assert "MMKERNELS_TUNING=0" in tuning.note(H100)
 
 
-def test_entries_of_another_triton_are_not_used_and_not_lost():
-    file = tuning_store.merge(H100.name, [entry(triton="2.0.0")])
+@pytest.mark.parametrize("made_with", [{"triton": "2.0.0"}, {"kernels": "0123456789ab"}])
+def test_entries_of_another_triton_or_other_kernels_are_not_used_and_not_lost(made_with):
+    file = tuning_store.merge(H100.name, [entry(**made_with)])
     assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
-    assert str(file) in tuning.note(H100) and "another triton" in tuning.note(H100)
+    note = tuning.note(H100)
+    assert str(file) in note and "another triton" in note and "other kernels" in note
     tuning_store.merge(H100.name, [entry()])
     tuning.forget()
     assert tuning.configuration(PROBLEM, H100) == TUNED
     assert tuning.note(H100) is None
-    assert tuning_store.read(H100.name)[0]["triton"] == "2.0.0"
+    assert made_with.items() <= tuning_store.read(H100.name)[0].items()
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home_has_the_table(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    assert "Set XDG_CACHE_HOME" in tuning.note(H100)
+    with pytest.raises(OSError, match="Set XDG_CACHE_HOME"):
+        tuning_store.merge(H100.name, [entry()])
+
+
+def test_what_was_tuned_in_ieee_does_not_serve_tf32():
+    problem = PROBLEM._replace(dtype=torch.float32)
+    config = Config(16, 32, 4, 2)
+    tuning_store.merge(H100.name, [entry(problem, config)])
+    assert tuning.configuration(problem, H100) == config
+    with precision("tf32"):
+        assert tuning.key(problem).endswith("tf32 masked")
+        assert tuning.configuration(problem, H100) == tuning.default(problem, H100)
+    assert tuning.configuration(problem, H100) == config
+
+
+@contextlib.contextmanager
+def precision(name):
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = name
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("setting", ["fp32_precision", "allow_tf32", "matmul_precision"])
+def test_float32_is_ieee_unless_torch_is_told(setting):
+    assert triton_runtime.input_precision(torch.float32) == "ieee"
+    with precision(torch.backends.cuda.matmul.fp32_precision):
+        if setting == "fp32_precision":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        elif setting == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        else:
+            torch.set_float32_matmul_precision("high")
+        try:
+            assert triton_runtime.input_precision(torch.float32) == "tf32"
+            assert triton_runtime.input_precision(torch.bfloat16) == "ieee"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+
+def test_an_override_is_its_threads_own_and_may_be_entered_again():
+    one, other = Config(16, 16, 4, 1), Config(32, 32, 4, 1)
+    mine = tuning.override("forward", one)
+    with mine, mine:
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(tuning.overridden("forward")))
+        thread.start()
+        thread.join()
+        assert seen == [None]
+        with tuning.override("forward", other):
+            assert tuning.overridden("forward") == other
+        assert tuning.overridden("forward") == one
+    assert tuning.overridden("forward") is None
 
 
 def test_a_tuned_configuration_that_does_not_fit_is_reported():
@@ -188,6 +260,10 @@ def test_a_tuned_configuration_that_does_not_fit_is_reported():
         '{"entries": [{"problem": "x", "config": {"BLOCK_M": 64}}]}',
         json.dumps({"entries": [entry(config=Config(64, 0, 4, 2))]}),
         json.dumps({"entries": [entry(config=Config(64, "64", 4, 2))]}),
+        json.dumps({"entries": [entry(config=Config(48, 64, 4, 2))]}),
+        json.dumps({"entries": [entry(config=Config(8, 64, 4, 2))]}),
+        json.dumps({"entries": [entry(config=Config(64, 64, 3, 2))]}),
+        json.dumps({"entries": [entry(config=Config(64, 64, 4, 40))]}),
     ],
 )  # fmt: skip
 def test_a_corrupt_file_is_reported_with_the_fix_and_left_alone(content):
