@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import mmkernels
 from mmkernels._core import triton_runtime, tuning, tuning_store
 from mmkernels._core.triton_runtime import Gpu
 from mmkernels._core.tuning import Config, Problem
@@ -43,7 +42,6 @@ def entry(result: Result) -> dict[str, Any] | None:
         "table_milliseconds": result.trials[0].milliseconds,
         **tuning_store.made_with(),
         "torch": torch.__version__,
-        "mmkernels": mmkernels.__version__,
     }
 
 
@@ -65,6 +63,7 @@ def tune(
 
     Raises:
         ValueError: the file of saved configurations is not one of ours; raised before any search.
+        OSError: there is no folder to save them in, raised before any search, or none to write to.
     """
     tuning_store.read(gpu.name)
     plans = {problem: tuning.candidates(problem, gpu) for problem in problems}

@@ -1,6 +1,7 @@
 """Does tuning save the fastest configuration that is right, and show why others are not?"""
 
 import json
+import pwd
 import sys
 
 import pytest
@@ -197,6 +198,22 @@ def test_the_command_refuses_a_corrupt_file_before_it_measures(on_a_gpu, monkeyp
     out, error = capsys.readouterr()
     assert out == "" and "delete it" in error and error.count("\n") == 1
     assert file.read_text() == "{"
+
+
+def test_the_command_cannot_save_without_a_home_and_says_so_before_it_measures(
+    on_a_gpu, monkeypatch, capsys
+):
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(tune, "make_case", lambda *_: pytest.fail("measured"))
+    assert cli.main(["tune"]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert "no folder to save tuned configurations" in error and "Set XDG_CACHE_HOME" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -9,9 +9,7 @@ instead of a failed launch.
 import contextvars
 import functools
 import itertools
-import types
 import warnings
-from collections.abc import Mapping
 
 import torch
 
@@ -154,14 +152,17 @@ def key(problem: Problem) -> str:
     return " ".join(words + ["masked"] * masked + ["bias"] * bias)
 
 
-# By kernel. Of a context, and so of a thread: what one tries is not another's.
-_overrides: contextvars.ContextVar[Mapping[str, "override"]] = contextvars.ContextVar(
-    "overrides", default=types.MappingProxyType({})
+# Innermost last. Of a context, and so of a thread: what one tries is not another's.
+_overrides: contextvars.ContextVar[tuple["override", ...]] = contextvars.ContextVar(
+    "overrides", default=()
 )
 
 
 class override:
     """Within it a kernel runs with this configuration, whether it is estimated to fit or not.
+
+    It holds in the thread that enters it alone, so not in a backward pass that autograd runs on a
+    GPU, which has a thread of its own there; one that an op of `_core/ops.py` runs is reached.
 
     Attributes:
         used: the kernel has asked for its configuration since.
@@ -172,19 +173,21 @@ class override:
         if kernel not in known:
             raise ValueError(f"override: kernel is {kernel!r}; it must be one of {known}")
         self.kernel, self.config, self.used = kernel, config, False
-        self.tokens: list[contextvars.Token] = []
 
     def __enter__(self) -> "override":
-        self.tokens.append(_overrides.set({**_overrides.get(), self.kernel: self}))
+        _overrides.set((*_overrides.get(), self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        _overrides.reset(self.tokens.pop())
+        installed = list(reversed(_overrides.get()))
+        installed.remove(self)  # the last time that it was entered
+        _overrides.set(tuple(reversed(installed)))
 
 
 def overridden(kernel: str) -> Config | None:
     """The configuration that an `override` asks for."""
-    if (asked := _overrides.get().get(kernel)) is None:
+    asked = next((o for o in reversed(_overrides.get()) if o.kernel == kernel), None)
+    if asked is None:
         return None
     asked.used = True
     return asked.config

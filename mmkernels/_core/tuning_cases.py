@@ -24,12 +24,13 @@ class Sizes(NamedTuple):
     kv_heads: int
 
 
-# Timed: enough tiles for every multiprocessor. Checked: lengths that no tile divides, and more keys
-# than four stages of tiles hold.
+# Timed: enough tiles for every multiprocessor. Checked: lengths that no tile divides, and (but for
+# decode, which shares few heads' keys out) more keys than four stages of tiles hold.
 TIMED, CHECKED = Sizes(4, 2048, 2048, 16, 4), Sizes(2, 261, 653, 4, 2)
 TIMED_DECODE, CHECKED_DECODE = Sizes(32, 1, 4096, 32, 8), Sizes(3, 1, 653, 8, 2)
-# What a configuration of decode serves besides: several queries, and pages.
-PAGED_DECODE, PAGE_SIZE = Sizes(2, 5, 640, 8, 2), 64
+# Queries and page size, 0 for no pages, of what a configuration of decode serves besides: pages,
+# looked up by key or by tile and with nearly twice the stages, and the most rows of a tile.
+DECODE_VARIANTS, VARIANT_KEYS = ((1, 16), (1, 128), (13, 0), (13, 16)), 640
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def make_case(
     large.made = large.forward(backend, problem.dtype) if large.backward else None
     small = _Call(problem, checked or (CHECKED_DECODE if decode else CHECKED), device, "ragged")
     checks = [_check(small, problem, backend)]
-    if decode:
-        checks.append(_check(_Call(problem, PAGED_DECODE, device, "", PAGE_SIZE), problem, backend))
+    for queries, page_size in DECODE_VARIANTS if decode else ():
+        sizes = CHECKED_DECODE._replace(seqlen_q=queries, seqlen_k=VARIANT_KEYS)
+        checks.append(_check(_Call(problem, sizes, device, "", page_size), problem, backend))
 
     def verify() -> None:
         for check in checks:

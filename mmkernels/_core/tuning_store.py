@@ -2,8 +2,8 @@
 
 One JSON file a GPU model, {"gpu": its name, "entries": [entry]}. An entry has "problem", "config",
 "milliseconds" and what it was measured with: the versions of triton, torch and mmkernels, and a
-digest of the kernels. One of another triton, or of other kernels, says nothing of these; it is kept
-and not used.
+digest of the kernels and their table. One of another triton or mmkernels, or of other kernels, says
+nothing of these; it is kept and not used.
 """
 
 import fcntl
@@ -18,10 +18,12 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mmkernels
+
 Entry = dict[str, Any]
 # Limits of a configuration's fields; all but the stages are powers of two.
 FIELDS = {"BLOCK_M": (16, 256), "BLOCK_N": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8)}
-KERNELS = Path(__file__).parents[1] / "attention"
+KERNELS, TABLE = Path(__file__).parents[1] / "attention", Path(__file__).with_name("tuning.py")
 
 
 class Stored(NamedTuple):
@@ -40,7 +42,9 @@ def path(gpu_name: str) -> Path:
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # no HOME, and no entry in the system's list of users
-        raise OSError(f"no cache directory: {error} Set XDG_CACHE_HOME to a folder") from error
+        raise OSError(
+            f"there is no folder to save tuned configurations in: {error} Set XDG_CACHE_HOME to one"
+        ) from error
     slug = re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
     return home / "mmkernels" / f"tuning-{slug}.json"
 
@@ -51,14 +55,14 @@ def made_with() -> dict[str, str | None]:
         triton: str | None = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    return {"triton": triton, "kernels": _digest()}
+    return {"triton": triton, "mmkernels": mmkernels.__version__, "kernels": _digest()}
 
 
 @functools.cache
 def _digest() -> str:
-    """Of the kernels' sources."""
-    sources = (file.read_bytes() for file in sorted(KERNELS.glob("triton_*.py")))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    """Of the kernels' sources, and of the table's, which a winner was faster than."""
+    sources = [*sorted(KERNELS.glob("triton_*.py")), TABLE]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
 
 
 def _allowed(field: str, value: object) -> bool:
@@ -113,7 +117,7 @@ def merge(gpu_name: str, entries: list[Entry]) -> Path:
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # or two processes that tune would lose entries
         everything = [*read(gpu_name), *entries]
-        merged = {(e["problem"], e.get("triton"), e.get("kernels")): e for e in everything}
+        merged = {(e["problem"], *map(e.get, made_with())): e for e in everything}
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -147,5 +151,6 @@ def load(gpu_name: str) -> Stored:
     return Stored(
         entries,
         f"{len(others)} tuned configurations in {path(gpu_name)} were measured with another triton "
-        f"than {now['triton']} or other kernels and are not used; run python -m mmkernels tune",
+        f"than {now['triton']}, another mmkernels than {now['mmkernels']} or other kernels and are "
+        "not used; run python -m mmkernels tune again",
     )

@@ -208,25 +208,6 @@ class IntervalMask:
         keys = torch.arange(seqlen_k, device=self.device, dtype=torch.int32)
         return (keys >= self.start[..., None]) & (keys < self.end[..., None])
 
-    def query_tiles(self, block_m: int) -> Tensor:
-        """Bounds of each tile of `block_m` rows: (4, 1 or B, tiles) int32.
-
-        Rows: min start, max start, min end, max end. The tile needs the keys [min start, max end);
-        those in [max start, min end) need no masking. Empty rows leave min start and max end as
-        they are and, being (0, 0), leave no unmasked keys.
-        """
-        rows = self.shape[1]
-        tiles = -(-rows // block_m)
-        # The last tile's missing rows repeat the last row, which changes no minimum or maximum.
-        index = torch.arange(tiles * block_m, device=self.device).clamp_(max=max(rows - 1, 0))
-        start, end = (
-            bound[:, index].view(self.shape[0], tiles, block_m) for bound in (self.start, self.end)
-        )
-        used = start.where(start < end, torch.iinfo(torch.int32).max).amin(-1)
-        max_end = end.amax(-1)
-        min_start = used.where(max_end > 0, 0)
-        return torch.stack((min_start, start.amax(-1), end.amin(-1), max_end))
-
     def key_rows(self, seqlen_k: int | None = None) -> tuple[Tensor, Tensor]:
         """The transposed ranges, which dK and dV need: each key's first row, one past its last.
 
@@ -256,12 +237,6 @@ class IntervalMask:
         last = none - 1 - _scatter_min(self.start, self.end, none - 1 - row, seqlen_k, none)
         seen = first < none
         return first.where(seen, 0), (last + 1).where(seen, 0)
-
-    def key_tiles(self, block_n: int, seqlen_k: int | None = None) -> Tensor:
-        """Rows that tiles of `block_n` keys need: (2, 1 or B, tiles) int32: first, one past."""
-        row_start, row_end = self.key_rows(seqlen_k)
-        transposed = IntervalMask._of(row_start, row_end, self.shape[1]).query_tiles(block_n)
-        return transposed[[0, 3]]
 
 
 def _check_bounds(start: Tensor, end: Tensor, seqlen_k: int | None) -> None:

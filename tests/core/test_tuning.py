@@ -1,7 +1,9 @@
 """Has every problem a configuration that fits on every GPU, and the user's own comes first?"""
 
+import concurrent.futures
 import contextlib
 import json
+import shutil
 import threading
 import warnings
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mmkernels as mm
 from mmkernels._core import triton_runtime, tuning, tuning_store
 from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS
 from mmkernels._core.tuning import Config, Problem
@@ -167,17 +170,38 @@ def test_tuning_can_be_switched_off(monkeypatch):
     assert "MMKERNELS_TUNING=0" in tuning.note(H100)
 
 
-@pytest.mark.parametrize("made_with", [{"triton": "2.0.0"}, {"kernels": "0123456789ab"}])
-def test_entries_of_another_triton_or_other_kernels_are_not_used_and_not_lost(made_with):
+@pytest.mark.parametrize(
+    "made_with", [{"triton": "2.0.0"}, {"mmkernels": "0.0.1"}, {"kernels": "0123456789ab"}]
+)
+def test_entries_of_another_version_or_other_kernels_are_not_used_and_not_lost(made_with):
     file = tuning_store.merge(H100.name, [entry(**made_with)])
     assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
     note = tuning.note(H100)
     assert str(file) in note and "another triton" in note and "other kernels" in note
+    assert f"another mmkernels than {mm.__version__}" in note and "tune again" in note
     tuning_store.merge(H100.name, [entry()])
     tuning.forget()
     assert tuning.configuration(PROBLEM, H100) == TUNED
     assert tuning.note(H100) is None
     assert made_with.items() <= tuning_store.read(H100.name)[0].items()
+
+
+@pytest.mark.parametrize("source", ["attention/triton_decode.py", "_core/tuning.py"])
+def test_an_entry_is_of_the_kernels_and_of_the_table(source, tmp_path, monkeypatch):
+    shutil.copytree(tuning_store.KERNELS, tmp_path / "attention")
+    shutil.copy(tuning_store.TABLE, tmp_path / "tuning.py")
+    before = tuning_store._digest.__wrapped__()
+    monkeypatch.setattr(tuning_store, "KERNELS", tmp_path / "attention")
+    monkeypatch.setattr(tuning_store, "TABLE", tmp_path / "tuning.py")
+    assert tuning_store._digest.__wrapped__() == before
+    with open(tmp_path / source.removeprefix("_core/"), "a") as file:
+        file.write("\n")
+    assert tuning_store._digest.__wrapped__() != before
+
+
+def test_sources_are_read_only_where_there_is_a_file(monkeypatch):
+    monkeypatch.setattr(tuning_store, "_digest", lambda: pytest.fail("sources read"))
+    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
 
 
 def no_home():
@@ -244,6 +268,28 @@ def test_an_override_is_its_threads_own_and_may_be_entered_again():
             assert tuning.overridden("forward") == other
         assert tuning.overridden("forward") == one
     assert tuning.overridden("forward") is None
+
+
+def test_overrides_of_two_threads_do_not_meet():
+    """Interleaved: both enter, the first leaves, the second still has its own."""
+    shared, step = tuning.override("forward", TUNED), threading.Barrier(2, timeout=20)
+
+    def run(first):
+        own = tuning.override("decode", Config(16, 32 if first else 64, 4, 1))
+        with own, shared:
+            step.wait()
+            inside = [tuning.overridden("decode"), tuning.overridden("forward")]
+            step.wait()
+            if not first:
+                step.wait()
+                inside.append(tuning.overridden("decode"))
+        if first:
+            step.wait()
+        assert inside == [own.config, TUNED] + [own.config] * (not first)
+        return tuning.overridden("decode") or tuning.overridden("forward")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, (True, False))) == [None, None]
 
 
 def test_a_tuned_configuration_that_does_not_fit_is_reported():

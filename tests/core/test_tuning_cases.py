@@ -14,6 +14,7 @@ from mmkernels._core.tuning_cases import Sizes, make_case
 
 GPU = KNOWN_GPUS["sm_90"]
 TINY = {"timed": Sizes(1, 8, 8, 2, 1), "checked": Sizes(2, 21, 37, 4, 2)}
+GROUPS = 4  # query heads of a key head
 RIGHT, WRONG = Config(16, 64, 4, 1), Config(256, 256, 8, 1)
 
 
@@ -58,6 +59,41 @@ def test_every_kernel_is_held_to_the_error_rule(kernel, dtype, masked, triton_is
     assert asked.used
     with tuning.override(kernel, WRONG), pytest.raises(AssertionError):
         case.verify()
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        lambda queries, page_size: queries == 1 and page_size in range(1, 32),
+        lambda queries, page_size: queries == 1 and page_size >= 128,
+        lambda queries, page_size: queries * GROUPS > 32 and not page_size,
+        lambda queries, page_size: queries * GROUPS > 32 and page_size,
+    ],
+    ids=["small pages", "large pages", "many rows", "many rows on pages"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_is_also_verified_as_it_serves_pages_and_many_rows(
+    dtype, spoiled, triton_is_the_reference, monkeypatch
+):
+    fake, *others = registry.backends("attention_decode")
+
+    def run(q, k_cache, v_cache, lengths, table, *rest):
+        out, lse = fake.fn(q, k_cache, v_cache, lengths, table, *rest)
+        wrong = spoiled(q.shape[1], 0 if table is None else k_cache.shape[1])
+        calls.append((q.shape[1], table is not None))
+        return out * 1.1 if wrong and broken else out, lse
+
+    broken, calls = False, []
+    spoiling = registry.Backend("triton", run, fake.why_not, fake.only_by_name)
+    monkeypatch.setitem(registry._table, "attention_decode", (spoiling, *others))
+    case = make_case(Problem("decode", 16, 16, dtype, True), "cpu", timed=TINY["timed"])
+    case.verify()
+    broken = True
+    with pytest.raises(AssertionError):
+        case.verify()
+    calls.clear()
+    case.run()
+    assert calls == [(TINY["timed"].seqlen_q, False)]  # what is timed is the plain call alone
 
 
 @pytest.mark.interpreter

@@ -1,4 +1,4 @@
-"""The tile and transposed ranges that kernels read off a mask, against a look at every cell."""
+"""The transposed ranges that kernels read off a mask, against a look at every cell."""
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from torch import Tensor
 
 from mmkernels.attention import masks
 from mmkernels.attention.interval import IntervalMask
-
-BLOCKS = st.integers(1, 9)
 
 
 @st.composite
@@ -30,25 +28,6 @@ def hull(flags: Tensor) -> tuple[int, int]:
     return (places[0], places[-1] + 1) if places else (0, 0)
 
 
-def tiles_of(length: int, block: int) -> list[slice]:
-    return [slice(first, first + block) for first in range(0, length, block)]
-
-
-@given(random_masks(), BLOCKS)
-def test_do_query_tiles_span_the_keys_that_their_rows_see(mask, block_m):
-    shown = mask.to_dense()
-    tiles = mask.query_tiles(block_m)
-    slices = tiles_of(shown.shape[1], block_m)
-    assert tiles.dtype == torch.int32
-    assert tiles.shape == (4, shown.shape[0], len(slices))
-    for batch, rows in enumerate(shown):
-        for tile, tile_rows in enumerate(slices):
-            min_start, max_start, min_end, max_end = tiles[:, batch, tile].tolist()
-            assert (min_start, max_end) == hull(rows[tile_rows].any(0))
-            unmasked = rows[tile_rows].all(0).nonzero().flatten().tolist()
-            assert list(range(max_start, min_end)) == unmasked
-
-
 @given(random_masks())
 def test_do_key_rows_hold_the_first_and_last_row_that_see_a_key(mask):
     shown = mask.to_dense()
@@ -59,17 +38,6 @@ def test_do_key_rows_hold_the_first_and_last_row_that_see_a_key(mask):
         for key in range(shown.shape[2]):
             got = (int(row_start[batch, key]), int(row_end[batch, key]))
             assert got == hull(rows[:, key])
-
-
-@given(random_masks(), BLOCKS)
-def test_do_key_tiles_span_the_rows_that_see_their_keys(mask, block_n):
-    shown = mask.to_dense()
-    tiles = mask.key_tiles(block_n)
-    slices = tiles_of(shown.shape[2], block_n)
-    assert tiles.shape == (2, shown.shape[0], len(slices))
-    for batch, rows in enumerate(shown):
-        for tile, tile_keys in enumerate(slices):
-            assert tuple(tiles[:, batch, tile].tolist()) == hull(rows[:, tile_keys].any(1))
 
 
 @pytest.mark.parametrize(
@@ -98,18 +66,12 @@ def test_a_mask_that_does_not_know_its_number_of_keys_is_told():
     known = masks.causal(5, 7)
     unknown = IntervalMask(known.start, known.end)
     assert all(map(torch.equal, unknown.key_rows(7), known.key_rows()))
-    assert torch.equal(unknown.key_tiles(4, 7), known.key_tiles(4))
     with pytest.raises(ValueError, match="pass seqlen_k"):
         unknown.key_rows()
-    with pytest.raises(ValueError, match="pass seqlen_k"):
-        unknown.key_tiles(4)
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(0, 0), (0, 5), (5, 0)])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_no_rows_or_no_keys(seqlen_q, seqlen_k, batch):
     mask = masks.padding(torch.zeros(batch, dtype=torch.int32), seqlen_q, seqlen_k)
-    row_tiles, key_tiles = -(-seqlen_q // 4), -(-seqlen_k // 4)
-    assert torch.equal(mask.query_tiles(4), torch.zeros(4, batch, row_tiles, dtype=torch.int32))
-    assert torch.equal(mask.key_tiles(4), torch.zeros(2, batch, key_tiles, dtype=torch.int32))
     assert all(not rows.any() and rows.shape == (batch, seqlen_k) for rows in mask.key_rows())
