@@ -1,8 +1,8 @@
 """`python -m benchmarks.report [JSON]`: the published tables and plot, from what a benchmark wrote.
 
-Rewrites the generated blocks of README.md and docs/performance.md, and docs/images/speedup.png.
-Without an argument it takes the newest JSON below benchmarks/results/, a smoke test only if there
-is nothing else.
+Rewrites the generated blocks of README.md and docs/performance.md, one of attention and one of the
+patch embedding, and docs/images/speedup.png. Without an argument each takes the newest JSON below
+benchmarks/results/ that has it, a smoke test only if there is nothing else.
 """
 
 import argparse
@@ -20,6 +20,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "images" / "speedup.png"
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 SMOKE = "Smoke test, not a result"
+ATTENTION = "speed-up"
+# Name of a generated block -> the kind of benchmarks that it shows.
+BLOCKS = {"results": ATTENTION, "patch results": report_patches.KIND}
 
 
 class Row(NamedTuple):
@@ -87,9 +90,9 @@ class Run:
         changed = ", with uncommitted changes" if commit["dirty"] else ""
         variables = "".join(f", {name}={value}" for name, value in env["variables"].items())
         link = os.path.relpath(self.path, link_from)
-        shapes = ", ".join(dict.fromkeys(info["shape"] for info in self.infos("speed-up")))
+        shapes = ", ".join(dict.fromkeys(info["shape"] for info in self.infos(ATTENTION)))
         facts = [
-            shapes,
+            *filter(None, [shapes]),
             f"{env['cpu']} ({env['cpu_capability']}), {env['threads']} threads{variables}",
             env["os"],
             f"Python {env['python']}",
@@ -123,19 +126,26 @@ def summary(run: Run) -> str:
         text += (
             f". At {shape}, float32, forward, the masks get {min(short):.2f}× to {max(short):.2f}×"
         )
-    parts = [run.about(README.parent), table(["mask", "beside", *columns], lines), f"{text}."]
-    if patches := run.infos(report_patches.KIND):
-        parts.append(report_patches.summary(patches))
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        (run.about(README.parent), table(["mask", "beside", *columns], lines), f"{text}.")
+    )
 
 
 def details(run: Run) -> str:
     """The results in docs/performance.md."""
-    return f"{run.about(PERFORMANCE.parent)}\n\n{tables(run)}"
+    return f"{run.about(PERFORMANCE.parent)}\n\n{attention_tables(run)}"
 
 
 def tables(run: Run) -> str:
     """All numbers of the kinds of benchmarks that ran."""
+    parts = [attention_tables(run)] if run.infos(ATTENTION) else []
+    if patches := run.infos(report_patches.KIND):
+        parts += [f"### {report_patches.TITLE}", report_patches.details(patches)]
+    return "\n\n".join(parts)
+
+
+def attention_tables(run: Run) -> str:
+    """Attention's numbers."""
     parts = []
     for title, kind, render in (
         ("### Speed", "speed-up", speed_table),
@@ -145,8 +155,6 @@ def tables(run: Run) -> str:
     ):
         if run.infos(kind):
             parts += [title, render(run)]
-    if patches := run.infos(report_patches.KIND):
-        parts += [f"### {report_patches.TITLE}", report_patches.details(patches)]
     return "\n\n".join(parts)
 
 
@@ -258,29 +266,59 @@ def plot(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata=metadata)
 
 
-def pages(run: Run) -> dict[Path, str]:
-    """Every page with generated results -> its text."""
-    blocks = {README: summary(run), PERFORMANCE: details(run)}
-    return {path: replaced(path.read_text(), "results", block) for path, block in blocks.items()}
+def patch_summary(run: Run) -> str:
+    """README's table of the patch embedding."""
+    patches = report_patches.summary(run.infos(report_patches.KIND))
+    return f"{patches}\n\n{run.about(README.parent)}"
 
 
-def newest() -> Run:
-    """The newest committed run that is no smoke test, else the newest smoke test."""
+def patch_details(run: Run) -> str:
+    """The patch embedding in docs/performance.md."""
+    patches = report_patches.details(run.infos(report_patches.KIND))
+    return f"{run.about(PERFORMANCE.parent)}\n\n{patches}"
+
+
+RENDER = {"results": (summary, details), "patch results": (patch_summary, patch_details)}
+
+
+def pages(runs: dict[str, Run]) -> dict[Path, str]:
+    """Every page with generated results -> its text; `runs` by block, others stay as they are."""
+    texts = {path: path.read_text() for path in (README, PERFORMANCE)}
+    for block, run in runs.items():
+        for path, render in zip(texts, RENDER[block], strict=True):
+            texts[path] = replaced(texts[path], block, render(run))
+    return texts
+
+
+def newest() -> dict[str, Run]:
+    """By block the newest committed run that has it and is no smoke test, else one that is."""
     runs = [Run.load(path) for path in RESULTS.glob("*/*.json")]
     if not runs:
         raise FileNotFoundError(f"no JSON below {RESULTS.relative_to(ROOT)}; run `make bench`")
-    return max(runs, key=lambda run: (not run.quick, run.when))
+    return having(runs)
+
+
+def having(runs: list[Run]) -> dict[str, Run]:
+    """By block the newest of these runs that has it."""
+    found = {block: [run for run in runs if run.infos(kind)] for block, kind in BLOCKS.items()}
+    return {
+        block: max(some, key=lambda run: (not run.quick, run.when))
+        for block, some in found.items()
+        if some
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("json", nargs="?", type=Path, help="what a benchmark wrote")
     arguments = parser.parse_args(argv)
-    run = Run.load(arguments.json) if arguments.json else newest()
-    for path, text in pages(run).items():
+    runs = having([Run.load(arguments.json)]) if arguments.json else newest()
+    for path, text in pages(runs).items():
         path.write_text(text)
-    plot(run, PLOT)
-    print(f"README.md, docs/performance.md and docs/images/speedup.png now show {run.path.name}")
+    if "results" in runs:
+        plot(runs["results"], PLOT)
+    shown = ", ".join(f"{block}: {run.path.name}" for block, run in runs.items())
+    print(f"README.md, docs/performance.md and docs/images/speedup.png now show {shown}")
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def test_a_smoke_test_runs_and_writes_all_that_a_reader_needs(tmp_path):
     assert (run.environment["quick"], run.environment["threads"]) == (True, 1)
     assert "pytest benchmarks --quick" in run.environment["command"]
     check_json(path)
-    patches = run.infos(report_patches.KIND)
-    assert len({info["shape"] for info in patches}) == 8
-    assert "### Patch embedding" in report.details(run)
-    assert "**Patch embedding.**" in report.summary(run)
+    check_attention(run)
+    check_patches(run)
+    assert "### Patch embedding" in report.tables(run)
+    assert "**Patch embedding.**" in report.patch_summary(run)
 
 
 def check_json(path: Path) -> None:
@@ -53,8 +53,9 @@ def check_json(path: Path) -> None:
         if "ours" in info:
             assert benchmark["stats"]["data"] == pytest.approx(info["ours"]["times_s"])
 
-    run = report.Run.load(path)
-    infos = run.infos("speed-up")
+
+def check_attention(run: report.Run) -> None:
+    infos = run.infos(report.ATTENTION)
     combinations = {(info["mask"], info["dtype"], info["mode"]) for info in infos}
     assert len(infos) == len(combinations) == 5 * 2 * 2
     for info in infos:
@@ -62,16 +63,24 @@ def check_json(path: Path) -> None:
         for name, times in {"ours": info["ours"], **info["peers"]}.items():
             assert {"median_s", "iqr_s", "times_s"} <= set(times)
             assert ("ratio" in times) == ("pairwise_ratio" in times) == (name != "ours")
-    for info in run.infos(report_patches.KIND):
-        assert {"shape", "dtype", "mode", "target", "max_error"} <= set(info)
-        assert {"eager", "patches, F.linear"} <= set(info["peers"])
-        for times in info["peers"].values():
-            assert {"median_s", "iqr_s", "times_s", "ratio", "pairwise_ratio"} <= set(times)
     (growth,) = run.infos("growth")
     assert {"time_ratio", "target"} <= set(growth)
     # Exact enough at any size: what the call needs doubles with the sequence.
     assert 1.5 < growth["memory_ratio"] < 3
     assert [info["target"] for info in run.infos("overhead")] == [25, 45, None]
+
+
+def check_patches(run: report.Run) -> None:
+    infos = run.infos(report_patches.KIND)
+    assert len({info["shape"] for info in infos}) == 8
+    assert {info["dtype"] for info in infos} == {
+        "float32", "bfloat16", "uint8 to float32", "uint8 to bfloat16"
+    }  # fmt: skip
+    for info in infos:
+        assert {"shape", "dtype", "mode", "target", "max_error"} <= set(info)
+        assert {"eager", "patches, F.linear"} <= set(info["peers"])
+        for times in info["peers"].values():
+            assert {"median_s", "iqr_s", "times_s", "ratio", "pairwise_ratio"} <= set(times)
 
 
 def test_functions_take_turns():
@@ -139,19 +148,33 @@ def test_report_of_patches_shows_the_best_peer_and_losses():
     assert details.count("| **no** | eager | 0.80× |") == 1
 
 
-def committed() -> report.Run:
-    """The run that README links to."""
-    (name,) = set(re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", report.README.read_text()))
+def committed(block: str = "results") -> report.Run:
+    """The run that README links to in a block."""
+    _, _, rest = report.README.read_text().partition(f"<!-- begin {block} -->")
+    text = rest.partition(f"<!-- end {block} -->")[0]
+    (name,) = set(re.findall(r"\]\((benchmarks/results/[^)]+\.json)\)", text))
     return report.Run.load(ROOT / name)
 
 
 @pytest.mark.parametrize("page", [report.README, report.PERFORMANCE], ids=lambda page: page.name)
-def test_page_shows_the_committed_run(page):
-    assert page.read_text() == report.pages(committed())[page], "run python -m benchmarks.report"
+def test_page_shows_the_committed_runs(page):
+    runs = {block: committed(block) for block in report.BLOCKS}
+    assert page.read_text() == report.pages(runs)[page], "run python -m benchmarks.report"
 
 
-def test_committed_run_is_complete():
-    check_json(committed().path)
+def test_the_newest_run_of_each_kind_is_shown():
+    for block, run in report.newest().items():
+        assert run.path == committed(block).path, "run python -m benchmarks.report"
+
+
+@pytest.mark.parametrize(
+    ("block", "check"), [("results", check_attention), ("patch results", check_patches)]
+)
+def test_committed_run_is_complete(block, check):
+    run = committed(block)
+    check_json(run.path)
+    check(run)
+    assert not run.quick
 
 
 def test_plot_is_of_the_committed_run():
