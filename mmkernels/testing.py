@@ -178,7 +178,10 @@ def eager_patch_embed(
     kernel = weight.shape[2:]
     steps = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride or kernel)
     if pad:
-        rest = [max(k - n, (k - n) % s) for n, k, s in zip(x.shape[2:], kernel, steps, strict=True)]
+        sizes = list(zip(x.shape[2:], kernel, steps, strict=True))
+        counts = [min(max(-(-(n - k) // s), 0) + 1, -(-n // s)) for n, k, s in sizes]
+        pairs = zip(counts, sizes, strict=True)
+        rest = [max((count - 1) * s + k - n, 0) for count, (n, k, s) in pairs]
         x = F.pad(x, [amount for n in reversed(rest) for amount in (0, n)])
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
     tokens = conv(x, weight, bias, stride=steps).flatten(2).transpose(1, 2)

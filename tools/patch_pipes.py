@@ -1,7 +1,7 @@
 """`TRITON_INTERPRET=0 python -m tools.patch_pipes`: rewrites the patch embedding's pipes.
 
-As `tools.pipes` does in docs/performance.md, for the kernels of `mmkernels/patch_embed`. Batches
-are the smallest that the table gives its largest tiles.
+As `tools.pipes` does in docs/performance.md, for the kernels of `mmkernels/patch_embed`, with the
+largest tiles of the table, which large batches get.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mmkernels as mm
-from mmkernels._core import triton_runtime
+from mmkernels._core import triton_runtime, tuning
 from mmkernels._core.triton_runtime import KNOWN_GPUS, emulate
 from tools.generated import replaced, table
 from tools.pipes import PAGE, triton_version
@@ -82,6 +82,7 @@ def rows(case: Case) -> list[list[str]]:
         raise RuntimeError(
             "TRITON_INTERPRET is set; run TRITON_INTERPRET=0 python -m tools.patch_pipes"
         )
+    from mmkernels.patch_embed import triton_config
     from tests.triton_harness import ptxsim_launcher
 
     pixels, options = case.tensors()
@@ -90,7 +91,9 @@ def rows(case: Case) -> list[list[str]]:
     launcher = ptxsim_launcher(KNOWN_GPUS["sm_90"], check=False)
     emulate(launcher)
     try:
-        out = mm.patch_embed(pixels, **options, **statistics, backend="triton")
+        largest = triton_config.TABLE["sm_90"].forward[0]
+        with tuning.override("patch_forward", largest):
+            out = mm.patch_embed(pixels, **options, **statistics, backend="triton")
         out.backward(torch.zeros_like(out))
     finally:
         emulate(None)
@@ -112,7 +115,7 @@ def block() -> str:
     """What stands between the comments."""
     batches = ", ".join(dict.fromkeys(f"{case.name} batch {case.batch}" for case in CASES))
     head = (
-        f"bfloat16 weights, {batches}, the table's configurations for an H100, "
+        f"bfloat16 weights, {batches}, the table's largest tiles for an H100, "
         f"{triton_version()}; counted in an emulator of its instructions, not measured on a GPU."
     )
     lines = [line for case in CASES for line in rows(case)]

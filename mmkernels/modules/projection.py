@@ -135,6 +135,8 @@ def finished(
         batch, count = tokens.shape[:2]
         slots("patch_embed", "token_mask", token_mask, 1, batch, {"tokens": count}, varlen=False)
         tokens = torch.where(token_mask[..., None], mask_token.to(tokens.dtype), tokens)
+    if pos_embed is not None:  # autocast leaves it as it is
+        pos_embed = pos_embed.to(tokens.dtype)
     if pos_embed is not None and pos_embed.shape[-2] == tokens.shape[1]:
         tokens, pos_embed = tokens + pos_embed, None  # they are of the patches alone
     if prefix_tokens is not None:

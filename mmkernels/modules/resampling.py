@@ -93,7 +93,7 @@ class PositionCache:
             kept = resampled_positions(pos_embed, old, new, *how)
         self._entries.pop(key, None)
         while len(self._entries) >= self.LIMIT:
-            self._entries.pop(next(iter(self._entries)))
+            self._entries.pop(next(iter(self._entries), None), None)
         self._entries[key] = (weakref.ref(pos_embed), state, kept)
         return kept
 

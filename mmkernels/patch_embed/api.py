@@ -72,8 +72,8 @@ def patch_embed(
         TypeError: a dtype or type is wrong.
         BackendUnavailable: `backend` was named and cannot serve the call.
 
-    Numerics: float32 sums (float64 for float64), rounded once; of patches that are cut out the
-    product is rounded, and each addition. Bytes are saved for the backward pass as bytes, unless
+    Numerics: float32 sums (float64 for float64), rounded once. Of patches that are cut out the
+    product is rounded, and each addition; bias + position is on CPUs that multiply in bfloat16. Bytes are saved for the backward pass as bytes, unless
     they are cut out. Under autocast weight is cast, and so is the result. Differentiable in all
     floating-point arguments but mean and std.
 
@@ -149,7 +149,8 @@ def patch_embed_varlen(
         prefix_tokens, token_mask, mask_token, pixel_mean, pixel_std, pad, data_format,
     )  # fmt: skip
     ends = [0, *(item.first_row + item.rows for item in items(built))]
-    cu_seqlens = torch.tensor(ends, dtype=torch.int32).to(weight.device, non_blocking=True)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device="cpu")
+    cu_seqlens = cu_seqlens.to(weight.device, non_blocking=True)
     return run(built, backend), cu_seqlens
 
 
@@ -184,7 +185,8 @@ def run(call: Call, backend: str) -> Tensor:
     if not needs_grad(call):
         return ops.call("patch_embed_forward", *call, backend)
     if backend == "reference" and not torch.compiler.is_compiling():
-        return reference.differentiable(call)
+        with torch.autocast(call.weight.device.type, enabled=False):  # it would cast inside
+            return reference.differentiable(call)
     # Better now than in the middle of the backward pass; a tracer has no use for the choice.
     if backend != "auto" and not torch.compiler.is_compiling():
         registry.select("patch_embed_backward", backend, backward_inputs(call))

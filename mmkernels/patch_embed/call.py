@@ -6,7 +6,6 @@ list of tensors with B = 1. Tokens are rows of one (rows, D) tensor: for every s
 tokens, then its patches in the order (t, y, x).
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -56,11 +55,11 @@ class Call(NamedTuple):
 
 def grid_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], pad: bool) -> Size:
     """Number of patches along (T, H, W)."""
-    counts = (
-        max(-(-(n - k) // s), 0) + 1 if pad else (n - k) // s + 1
+    t, h, w = (
+        # Padded, the last patch reaches the end, and begins before it.
+        min(max(-(-(n - k) // s), 0) + 1, -(-n // s)) if pad else (n - k) // s + 1
         for n, k, s in zip(size, kernel, stride, strict=True)
     )
-    t, h, w = counts
     return t, h, w
 
 
@@ -69,11 +68,14 @@ def raw_scale(dtype: torch.dtype) -> float:
     return 1.0 / 255.0 if dtype == torch.uint8 else 1.0
 
 
-@functools.lru_cache(64)
-def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A float32 tensor of these values, sent to the device once."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float32, device=device)
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """A float32 tensor of these values, made where it lies.
+
+    Sending it there would wait, and a copy that is kept could lie in the memory of a CUDA graph.
+    """
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], device=device)
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 class Item(NamedTuple):

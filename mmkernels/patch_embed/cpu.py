@@ -102,7 +102,7 @@ class Pixels:
         self.mean = self._channels(means) if any(means) else None
 
     def _channels(self, numbers: list[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=self.wide).view(-1, 1, 1, 1)
+        return torch.tensor(numbers, dtype=self.wide, device="cpu").view(-1, 1, 1, 1)
 
     def view(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """x (B, C, T, H, W) as (B, *grid, C, *kernel); a view."""

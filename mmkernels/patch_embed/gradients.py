@@ -125,12 +125,15 @@ def pixel_gradient(dout: Tensor, call: Call, item: Item, factors: list[float]) -
         made = rows @ call.weight.flatten(1)
         made = made.unflatten(-1, call.weight.shape[1:]).permute(0, 4, 1, 5, 2, 6, 3, 7)
         made = made.flatten(6).flatten(4, 5).flatten(2, 3)
+    elif kernel[0] == item.grid[0] == 1:  # two dimensions, as most libraries are tuned for
+        maps, weight = rows[:, 0].movedim(-1, 1), call.weight[:, :, 0]
+        made = F.conv_transpose2d(maps, weight, stride=call.stride[1:]).unsqueeze(2)
     else:
         made = F.conv_transpose3d(rows.movedim(-1, 1), call.weight, stride=call.stride)
     missing = [size - n for size, n in zip(x.shape[2:], made.shape[2:], strict=True)]
     made = F.pad(made, (0, missing[2], 0, missing[1], 0, missing[0]))  # below 0 it cuts
     if factors:
-        made = made * constants(tuple(factors), made.device).view(-1, 1, 1, 1)
+        made = made * constants(factors, made.device).view(-1, 1, 1, 1)
     return made.to(x.dtype).contiguous()
 
 

@@ -64,6 +64,12 @@ def weight_pointer(gpu: Gpu, weight: Tensor, block_n: int, block_k: int) -> tupl
     return TensorDescriptor(weight, shape, strides, [block_n, block_k]), True
 
 
+def narrowed(item: Item) -> Item:
+    """The item with pixels of no more than 32 bit: tiles of wider ones would not fit."""
+    wide = item.pixels.dtype == torch.float64
+    return item._replace(pixels=item.pixels.float()) if wide else item
+
+
 def pixel_arguments(call: Call, item: Item) -> dict[str, Any]:
     """Where the pixels of an item lie and how they are cut into patches."""
     x, kernel = item.pixels, call.weight.shape[2:]
@@ -159,13 +165,11 @@ def scale_arguments(call: Call) -> dict[str, Any]:
         if len(set(factors)) > 1:
             parts = len(factors)
             factors = [a / b for a, b in itertools.pairwise(factors)] + factors[-1:]
-        scale = constants(tuple(factors[-parts:]), device)
+        scale = constants(factors[-parts:], device)
     elif call.pixel_mean:
         normalized, parts = True, len(factors)
-        scale = constants(tuple(factors), device)
-        shift = constants(
-            tuple(-m / s for m, s in zip(call.pixel_mean, call.pixel_std, strict=True)), device
-        )
+        scale = constants(factors, device)
+        shift = -shifts(call)
     return {
         "p_scale": scale,
         "p_shift": shift,
@@ -177,7 +181,7 @@ def scale_arguments(call: Call) -> dict[str, Any]:
 
 def shifts(call: Call) -> Tensor:
     """(C,) mean / std: what is subtracted from scaled pixels."""
-    ratios = tuple(m / s for m, s in zip(call.pixel_mean, call.pixel_std, strict=True))
+    ratios = [m / s for m, s in zip(call.pixel_mean, call.pixel_std, strict=True)]
     return constants(ratios, call.weight.device)
 
 

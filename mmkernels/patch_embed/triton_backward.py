@@ -186,14 +186,19 @@ def backward(dout: Tensor, *inputs: Any) -> tuple:
     *arguments_, wanted = inputs
     call = Call(*arguments_)
     dout = dout.contiguous()
+    listed = [arguments.narrowed(item) for item in items(call) if item.batch * item.rows]
+    mean = arguments.is_raw(call) and any(call.pixel_mean)
     sums = []
-    if any(wanted[1:]):
-        sums = [_sums(dout, call, item) for item in items(call) if item.batch * item.rows]
+    if any(wanted[2:]) or (wanted[1] and mean):
+        sums = [_sums(dout, call, item) for item in listed]
     dweight = None
     if wanted[1]:
         dweight = torch.zeros(call.weight.shape, dtype=torch.float32, device=dout.device)
-        for one in sums:
-            dweight += _weight_gradient(dout, call, one.item, one.kept)
+        for item in listed:
+            dweight += _weight_gradient(dout, call, item)
+        if mean:
+            for one in sums:
+                dweight -= arguments.mean_gradient(call, one.item, one.kept)
     dpixels = gradients.pixel_gradients(dout, call) if wanted[0] else []
     return gradients.results(dout, call, wanted, dpixels, dweight, sums)
 
@@ -215,8 +220,8 @@ def _sums(dout: Tensor, call: Call, item: Item) -> gradients.Sums:
     return gradients.Sums(item, kept, masked)
 
 
-def _weight_gradient(dout: Tensor, call: Call, item: Item, kept: Tensor) -> Tensor:
-    """(D, C, KT, KH, KW) float32, of one tensor of pixels."""
+def _weight_gradient(dout: Tensor, call: Call, item: Item) -> Tensor:
+    """(D, C, KT, KH, KW) float32, of one tensor of pixels, the mean of raw ones left out."""
     dim, dtype, gpu = len(call.weight), call.weight.dtype, gpu_of(dout)
     layout = arguments.layout(call.weight.shape)
     width = layout.WIDTH * layout.CHUNKS
@@ -242,7 +247,4 @@ def _weight_gradient(dout: Tensor, call: Call, item: Item, kept: Tensor) -> Tens
     dweight = dweight[..., : call.weight.shape[4]]
     if not arguments.is_raw(call):
         return dweight
-    channel = (1, -1, 1, 1, 1)
-    factors = constants(tuple(arguments.scales(call)), dout.device)
-    dweight = dweight * factors.view(channel)
-    return dweight - arguments.mean_gradient(call, item, kept) if call.pixel_mean else dweight
+    return dweight * constants(arguments.scales(call), dout.device).view(1, -1, 1, 1, 1)

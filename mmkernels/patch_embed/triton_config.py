@@ -18,7 +18,7 @@ class Row(NamedTuple):
     """Configurations of one family of GPUs.
 
     Attributes:
-        forward: the largest tiles first; the first that gives every multiprocessor one is taken.
+        forward: the largest tiles first.
         weight: of the weight's gradient.
         resident: programs that a multiprocessor runs at once.
     """
@@ -47,6 +47,9 @@ TABLE = {
 }
 
 
+# So many products take as long as to copy one value of an operand: assumed, not measured.
+COPY_COST = 40
+
 # Of the sums over samples: a read of dout and no more, so rows are few and long.
 SUMS = Config(2, 256, 4, 1)
 
@@ -65,11 +68,16 @@ def forward(rows: int, dim: int, dtype: torch.dtype, gpu: Gpu) -> Config:
     """Configuration for so many rows of `dim` values."""
     if (asked := tuning.overridden("patch_forward")) is not None:
         return asked
-    *larger, smallest = row(dtype, gpu).forward
-    # A last column of tiles that is mostly empty costs more than wide tiles save.
-    fitting = (c for c in larger if c.BLOCK_N * triton.cdiv(dim, c.BLOCK_N) <= 1.125 * dim)
-    enough = (c for c in fitting if tile_count(c, rows, dim) >= gpu.processors)
-    return next(enough, smallest)
+    found = row(dtype, gpu)
+    slots = gpu.processors * found.resident
+
+    def cost(config: Config) -> int:
+        """Turns that the GPU takes, times the work of a tile: its products, and its copies."""
+        turns = triton.cdiv(tile_count(config, rows, dim), slots)
+        m, n = config.BLOCK_M, config.BLOCK_N
+        return turns * (m * n + COPY_COST * (m + n))
+
+    return min(found.forward, key=cost)
 
 
 def weight_gradient(dtype: torch.dtype, gpu: Gpu) -> Config:

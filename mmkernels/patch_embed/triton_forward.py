@@ -57,17 +57,19 @@ def _product(
     o_k = tl.arange(0, BLOCK_K)
     k_h = o_k // WIDTH
     k_w = o_k % WIDTH
-    p_rows = p_x + o_patch[:, None] + (k_h.to(tl.int64) * stride_h + k_w * stride_w)[None, :]
+    o_value = k_h.to(tl.int64) * stride_h + k_w.to(tl.int64) * stride_w
+    p_rows = p_x + o_patch[:, None] + o_value[None, :]
     k0 = 0
-    c = 0
-    k_t = 0
-    first_h = 0
-    chunk = 0
+    c = n0 * 0  # a tensor from the start, which can be widened
+    k_t = c
+    first_h = c
+    chunk = c
     for part in tl.range(0, PARTS):
         scale = tl.load(p_scale + part) if SCALED or NORMALIZED else 1.0
         shift = tl.load(p_shift + part) if NORMALIZED else 0.0
         for _ in tl.range(0, STEPS):
-            o_step = c * stride_c + k_t * stride_t + first_h * stride_h + chunk * WIDTH * stride_w
+            o_step = c.to(tl.int64) * stride_c + k_t.to(tl.int64) * stride_t
+            o_step += first_h.to(tl.int64) * stride_h + chunk.to(tl.int64) * (WIDTH * stride_w)
             mask = m_patch[:, None]
             if KW % WIDTH != 0:
                 mask = mask & (chunk * WIDTH + k_w < KW)[None, :]
@@ -228,7 +230,7 @@ def forward(*inputs: Any) -> Tensor:
     layout = arguments.layout(call.weight.shape)
     weight = arguments.padded_weight(call.weight, layout)
     scaling = arguments.scale_arguments(call)
-    for item in items(call):
+    for item in map(arguments.narrowed, items(call)):
         rows, dim, gpu = item.batch * item.rows, len(weight), gpu_of(out)
         if rows == 0:
             continue

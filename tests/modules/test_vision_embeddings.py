@@ -152,8 +152,11 @@ def test_dropout_only_in_training():
     assert (module.eval()(x) != 0).all()
 
 
-def test_autocast():
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_autocast(hooked):
     module, x = make(reg_tokens=1), torch.randn(2, 3, 12, 8)
+    if hooked:
+        module.patch_embed.proj.register_forward_hook(lambda *_: None)
     want = results(module, x)
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x)

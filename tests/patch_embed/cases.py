@@ -177,6 +177,12 @@ def overlapping_padded() -> Case:
     return Case(image_bytes(2, 2, 15, 18), options | {"pixel_std": (0.3, 0.4)})
 
 
+def apart_padded() -> Case:
+    """Patches with gaps between them; the last one along each axis is partly in the image."""
+    options = weights(16, 3, 2, 3) | {"stride": (4, 5), "pad": True} | IMAGENET
+    return Case(image_bytes(2, 3, 5, 12), options)
+
+
 def video() -> Case:
     options = weights(24, 3, 2, 8, 8) | {"pos_embed": normal(12, 24, seed=6)}
     return Case(normal(2, 3, 5, 17, 24), options)
@@ -218,7 +224,8 @@ CASES: dict[str, Callable[[], Case]] = {
     for function in (
         vit, registers, masked, many_samples, masked_alike, per_sample, gathered, gathered_alike,
         normalized, image, image_stds, image_plain, padded, padded_floats, overlapping,
-        overlapping_padded, video, video_bytes, audio, audio_channels, wide_channels, strided,
+        overlapping_padded, apart_padded, video, video_bytes, audio, audio_channels,
+        wide_channels, strided,
     )
 }  # fmt: skip
 

@@ -232,6 +232,22 @@ def test_are_offsets_of_64_bits(step, backend):
     assert_near(got, Case(images, options).results(mm.patch_embed, backend="reference"))
 
 
+@EVERY
+@pytest.mark.parametrize("far", [1, 2, 3], ids=["channels", "rows", "columns"])
+def test_are_offsets_within_a_patch_of_64_bits(far, backend):
+    """Steps of 2**29, which are themselves of 32 bits."""
+    if testing.device_for(backend) != "cpu":
+        pytest.skip("memory that is not there until written is the CPU's")
+    step = 2**29 + 5
+    strides = [125, 5, 5, 5]
+    strides[far], strides[3 if far != 3 else 2] = step, 1
+    images = image_bytes(1, 5, 5, 5)
+    pixels = far_apart(step, 5, 25).as_strided(images.shape, strides).copy_(images)
+    options = weights(12, 5, 5, 5)
+    got = of32(pixels, options).results(mm.patch_embed, backend=backend)
+    assert_near(got, Case(images, options).results(mm.patch_embed, backend="reference"))
+
+
 def poisoned(case: Case, where: Tensor, bad: float) -> Case:
     """The case with `bad` in the pixels of the bool mask."""
     return case._replace(pixels=case.pixels.masked_fill(where.to(case.pixels.device), bad))

@@ -266,9 +266,11 @@ def test_autocast_leaves_float64(backend):
     torch.testing.assert_close(wide, mm.patch_embed(case.pixels, **case.options))
 
 
-def test_autocast_does_not_cast_inside_of_a_backend():
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_does_not_cast_inside_of_a_backend(grad):
     """bfloat16 weights are multiplied in float32 by the reference, under autocast, too."""
     case = small(dtype=torch.bfloat16)
+    case.options["weight"].requires_grad_(grad)
     run = functools.partial(mm.patch_embed, case.pixels, **case.options, backend="reference")
     outside = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -161,6 +161,31 @@ def test_no_division_in_the_loop_over_a_patch(shape, arch):
     assert loop.special == 0  # a division begins with a reciprocal
 
 
+def test_float64_pixels_are_narrowed_before_a_tile_holds_them():
+    """Tiles of them would need more shared memory than any GPU has."""
+    launcher = recording_launcher(KNOWN_GPUS["sm_90"])
+    emulate(launcher)
+    try:
+        weight = torch.empty(768, 3, 16, 16, dtype=bf16, requires_grad=True)
+        pixels = torch.empty(64, 3, 224, 224, dtype=torch.float64, requires_grad=True)
+        out = mm.patch_embed(pixels, weight, backend="triton")
+        out.backward(torch.empty_like(out))
+    finally:
+        emulate(None)
+    read = [x.arguments["p_x"].dtype for x in launcher.run.launches if "p_x" in x.arguments]
+    assert read == [fp32, fp32]
+    assert pixels.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "wanted"),
+    [(256 * 197, 768, (128, 256)), (32 * 197, 768, (128, 128)), (197, 768, (64, 64))],
+)
+def test_tiles_are_chosen_by_the_waves_that_they_make(rows, dim, wanted):
+    """On 132 multiprocessors 150 of the largest tiles take two turns, the second nearly empty."""
+    assert triton_config.forward(rows, dim, bf16, KNOWN_GPUS["sm_90"])[:2] == wanted
+
+
 @pytest.mark.parametrize(
     ("patch", "wanted"),
     [

@@ -208,6 +208,14 @@ def test_may_the_list_be_a_tuple_or_hold_one_image_twice(backend):
     torch.testing.assert_close(grad, wanted)
 
 
+def test_a_default_device_is_not_where_lengths_are_counted():
+    images = [normal(3, 8, 12).float(), normal(3, 4, 8).float()]
+    weight = weights(D, 3, 4, 4)["weight"].float()
+    with torch.device("meta"):
+        _, cu_seqlens = mm.patch_embed_varlen(images, weight)
+    assert cu_seqlens.tolist() == [0, 6, 8]
+
+
 @backends.each("reference", "triton", "cpu")
 def test_has_one_tensor_at_two_places_a_gradient_at_each(backend):
     """A compiled graph makes one view of an image that a list holds twice."""
