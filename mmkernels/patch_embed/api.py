@@ -73,9 +73,9 @@ def patch_embed(
         BackendUnavailable: `backend` was named and cannot serve the call.
 
     Numerics: float32 sums (float64 for float64), rounded once. Of patches that are cut out the
-    product is rounded, and each addition; bias + position is on CPUs that multiply in bfloat16. Bytes are saved for the backward pass as bytes, unless
-    they are cut out. Under autocast weight is cast, and so is the result. Differentiable in all
-    floating-point arguments but mean and std.
+    product is rounded, and each addition; bias + position is on CPUs that multiply in bfloat16.
+    Bytes are saved for the backward pass as bytes, unless they are cut out. Under autocast weight
+    is cast, and so is the result. Differentiable in all floating-point arguments but mean and std.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
     """
