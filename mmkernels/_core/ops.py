@@ -12,7 +12,7 @@ no elements, since a schema cannot say "Tensor or None". Those of the patch embe
 pixels, weight, bias, pos_embed, prefix and mask_token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -167,11 +167,15 @@ for _op, _schema in SCHEMAS.items():
     torch.library.register_vmap(f"mmkernels::{_op}", _vmap_rule(_op), lib=_library)
 
 
-def _plain(x: Any) -> bool:
-    """Whether all tensors in x are torch's own, with memory: none that a subclass stands for."""
-    if isinstance(x, list):
-        return all(map(_plain, x))
-    return x is None or (type(x) in (Tensor, Parameter) and not x.is_meta)
+def _plain(inputs: Iterable[Any]) -> bool:
+    """Whether all tensors among the inputs are torch's own, with memory: no subclass, no shape."""
+    for x in inputs:
+        if type(x) is Tensor or type(x) is Parameter:
+            if x.is_meta:
+                return False
+        elif isinstance(x, Tensor) or (type(x) is list and not _plain(x)):
+            return False
+    return True
 
 
 def call(op: str, *inputs: Any) -> Any:
@@ -185,7 +189,7 @@ def call(op: str, *inputs: Any) -> Any:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
-        or not (_plain(inputs[0]) and _plain(inputs[1]) and _plain(inputs[2]))
+        or not _plain(inputs)
     )
     if watched:
         return getattr(torch.ops.mmkernels, op).default(*inputs)

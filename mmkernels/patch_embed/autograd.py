@@ -38,7 +38,7 @@ class _PatchEmbed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        _save(ctx, arguments)
+        _save(ctx, tuple(map(_stand_in, range(len(arguments)), arguments)))
         return ops.call("patch_embed_forward", *_inputs(arguments))
 
     @staticmethod
@@ -80,6 +80,16 @@ def _backward_op(dout: Tensor, wanted: list[bool], *arguments: Any) -> tuple:
 
 
 _FirstOrder = first_order("patch_embed", _backward_op)
+
+
+def _stand_in(index: int, x: Any) -> Any:
+    """For an argument of which the backward pass needs no value: a tensor of its kind and shape.
+
+    So bias, positions, prefix and mask token may change between the passes, as in eager torch.
+    """
+    if index in _DIFFERENTIABLE[1:] and x is not None:
+        return x.detach().new_empty(()).expand(x.shape)
+    return x
 
 
 def _save(ctx: Any, arguments: tuple) -> None:

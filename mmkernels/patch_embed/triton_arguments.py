@@ -102,18 +102,30 @@ def last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def row_arguments(call: Call, item: Item) -> dict[str, Any]:
+    """A sample's rows, and which of them are masked."""
+    mask = call.token_mask
+    return {
+        "sample_rows": item.rows,
+        "prefix": prefix_count(call),
+        "p_mask": None if mask is None else mask.contiguous(),
+        "mask_first": item.first_token if call.mask_per_sample else 0,
+        "mask_stride": item.tokens if call.mask_per_sample else 0,
+        "MASK": mask is not None,
+    }
+
+
 def tail_arguments(call: Call, item: Item) -> dict[str, Any]:
     """Positions, prefix and token mask of an item's rows."""
-    pos, prefix, mask = call.pos_embed, call.prefix, call.token_mask
+    pos, prefix = call.pos_embed, call.prefix
     first, size = item.first_token, item.tokens
     if call.pos_prefix:
         first, size = item.first_row, item.rows
     pos = None if pos is None else last_dense(pos)
     prefix = None if prefix is None else last_dense(prefix)
     return {
+        **row_arguments(call, item),
         "total": item.batch * item.rows,
-        "sample_rows": item.rows,
-        "prefix": prefix_count(call),
         "p_pos": pos,
         "stride_pos": 0 if pos is None else pos.stride(0),
         "table_rows": 0 if pos is None else len(pos),
@@ -123,15 +135,11 @@ def tail_arguments(call: Call, item: Item) -> dict[str, Any]:
         "p_prefix": prefix,
         "stride_prefix_b": 0 if prefix is None or len(prefix) == 1 else prefix.stride(0),
         "stride_prefix_p": 0 if prefix is None else prefix.stride(1),
-        "p_mask": None if mask is None else mask.contiguous(),
-        "mask_first": item.first_token if call.mask_per_sample else 0,
-        "mask_stride": item.tokens if call.mask_per_sample else 0,
         "p_mask_token": None if call.mask_token is None else call.mask_token.contiguous(),
         "POS": pos is not None,
         "INDEX": call.pos_index is not None,
         "POS_PREFIX": call.pos_prefix,
         "PREFIX": prefix is not None,
-        "MASK": mask is not None,
     }
 
 

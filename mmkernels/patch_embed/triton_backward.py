@@ -208,14 +208,12 @@ def _sums(dout: Tensor, call: Call, item: Item) -> gradients.Sums:
     kept = torch.empty((item.rows, dim), dtype=torch.float32, device=dout.device)
     masked = torch.empty_like(kept) if masks else None
     config = configs.SUMS
-    tail = arguments.tail_arguments(call, item)
     launch(
         sums_kernel, (configs.tile_count(config, item.rows, dim),), **config._asdict(),
         BLOCK_B=min(BLOCK_B, triton.next_power_of_2(item.batch)),
         p_dout=dout[item.first_row : item.first_row + item.batch * item.rows],
         p_sums=kept, p_masked=masked, batch=item.batch, D=dim,
-        **{name: tail[name] for name in
-           ("p_mask", "sample_rows", "prefix", "mask_first", "mask_stride", "MASK")},
+        **arguments.row_arguments(call, item),
     )  # fmt: skip
     return gradients.Sums(item, kept, masked)
 
@@ -232,15 +230,14 @@ def _weight_gradient(dout: Tensor, call: Call, item: Item) -> Tensor:
     splits = max(1, min(gpu.processors // tiles, patches // (MIN_STEPS * step)))
     share = triton.cdiv(triton.cdiv(patches, splits), step) * step
     parts = torch.empty((splits, dim, columns), dtype=torch.float32, device=dout.device)
-    tail, scaling = arguments.tail_arguments(call, item), arguments.scale_arguments(call)
+    scaling = arguments.scale_arguments(call)
     launch(
         weight_kernel, (splits * tiles,), **config._asdict(), BLOCK_P=step, WIDTH=layout.WIDTH,
         CHUNKS=layout.CHUNKS, **arguments.pixel_arguments(call, item), patches=patches,
         share=share, D=dim, p_dweight=parts, VIDEO=item.grid[0] > 1,
         ALIGN=arguments.alignment(call, item), PRECISION=input_precision(dtype),
         p_dout=dout[item.first_row : item.first_row + item.batch * item.rows],
-        **{name: tail[name] for name in
-           ("p_mask", "sample_rows", "prefix", "mask_first", "mask_stride", "MASK")},
+        **arguments.row_arguments(call, item),
         **{name: scaling[name] for name in ("p_scale", "p_shift", "NORMALIZED")},
     )  # fmt: skip
     dweight = (parts.sum(0) if splits > 1 else parts[0]).view(*call.weight.shape[:4], width)

@@ -248,6 +248,24 @@ def test_are_offsets_within_a_patch_of_64_bits(far, backend):
     assert_near(got, Case(images, options).results(mm.patch_embed, backend="reference"))
 
 
+@EVERY
+def test_may_what_is_added_change_before_the_backward_pass(backend):
+    """A sum keeps nothing of its terms: an average of weights may be taken in between."""
+    case = Case(normal(2, 3, 8, 8), weights(12, 3, 4, 4) | tokens_of(2, 4, 1, 12))
+    case = case.to(torch.float32, testing.device_for(backend))
+    added = ("bias", "pos_embed", "prefix_tokens", "mask_token")
+    leaves = {n: x.clone().requires_grad_() for n, x in case.options.items() if n != "token_mask"}
+    out = mm.patch_embed(case.pixels, **case.options | leaves, backend=backend)
+    with torch.no_grad():
+        for name in added:
+            leaves[name].add_(1.0)
+    dout = normal(*out.shape, seed=99).to(out)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout)
+    wanted = case.results(mm.patch_embed, pixel_grad=False, backend="reference")
+    for name, grad in zip(leaves, grads, strict=True):
+        torch.testing.assert_close(grad, wanted[f"d{name}"], **backends.tolerance(torch.float32))
+
+
 def poisoned(case: Case, where: Tensor, bad: float) -> Case:
     """The case with `bad` in the pixels of the bool mask."""
     return case._replace(pixels=case.pixels.masked_fill(where.to(case.pixels.device), bad))
