@@ -6,17 +6,12 @@
 
 alpha is 1 / (255 std) for bytes, which so enter the product as they are, less the mean; where std
 differs between channels it is multiplied into the pixels instead. The product is MKL's in float32,
-or float64, and out is rounded once. Milliseconds of one core of an EPYC 7003 (AVX2), medians in
-turns (11 of float32, 3 of bfloat16), of F.conv and of F.linear of the patches, both with class
-token and position after it, and of this form:
+or float64, and out is rounded once.
 
-    float32   ViT-B/16 224 b8: 33.3, 30.2, 29.6      CLIP-L/14 336 b2: 20.3, 18.4, 18.0
-              SigLIP/14 384 b2: 33.2, 31.9, 31.3     AST 16/10 b4: 60.5, 62.7, 37.5
-    bfloat16  ViT-B/16 224 b8: 819, 194, 23.9        DINOv2-B/14 224 b8: 1545, 245, 28.2
-              VideoMAE 2x16x16 b1: 1982, 375, 59.8   AST 16/10 b4: 762, 283, 29.0
-
-So one form serves every shape, overlapping patches too, and 16-bit weights are multiplied in
-float32, unless the CPU has instructions for bfloat16: then that product stays in bfloat16.
+This one form serves every shape, overlapping patches too: it was measured beside convolutions in
+both memory formats and the plain product of the patches, and docs/performance.md shows where one of
+those is faster. 16-bit weights are multiplied in float32, unless the CPU has instructions for
+bfloat16: then that product stays in bfloat16, which is not yet measured.
 """
 
 from collections.abc import Iterator, Sequence
