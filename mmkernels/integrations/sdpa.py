@@ -11,11 +11,10 @@ from types import FunctionType
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import mmkernels as mm
 from mmkernels._core import registry
+from mmkernels.attention.api import scaled_dot_product_attention
 
 
 class sdpa_override(TorchFunctionMode):
@@ -35,27 +34,22 @@ class sdpa_override(TorchFunctionMode):
         super().__init__()
         registry.requested(backend)  # a wrong name is refused here
         self.backend = backend
-        # torch turns the mode off while it runs the body of this Python function, so the body gets
-        # ours by name.
-        self._multi_head_attention = _copy_with_names(
-            F.multi_head_attention_forward, scaled_dot_product_attention=self._attention
-        )
 
     def __torch_function__(
         self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Exchanges two functions; every other runs as it is."""
         if func is F.scaled_dot_product_attention:
-            func = self._attention
-        elif func is F.multi_head_attention_forward:
-            func = self._multi_head_attention
+            return self._run(scaled_dot_product_attention, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._run(_multi_head_attention_forward, args, kwargs)
         return func(*args, **(kwargs or {}))
 
-    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _run(self, func: Callable, args: tuple, kwargs: dict[str, Any] | None) -> Any:
         if self.backend == "auto":
-            return mm.scaled_dot_product_attention(*args, **kwargs)
-        with mm.use_backend(self.backend):
-            return mm.scaled_dot_product_attention(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        with registry.use_backend(self.backend):
+            return func(*args, **(kwargs or {}))
 
 
 def _copy_with_names(function: Any, **names: object) -> FunctionType:
@@ -69,3 +63,10 @@ def _copy_with_names(function: Any, **names: object) -> FunctionType:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+# torch turns the mode off while it runs the body of this Python function, so the body gets ours by
+# name. It makes the weights in other code, and uses no backend for that.
+_multi_head_attention_forward = _copy_with_names(
+    F.multi_head_attention_forward, scaled_dot_product_attention=scaled_dot_product_attention
+)

@@ -4,22 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import mmkernels as mm
 from mmkernels.integrations.sdpa import sdpa_override
+from tests.integrations.counting import kernel_calls
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """How often mmkernels was called."""
-    seen = []
-    inner = mm.scaled_dot_product_attention
-
-    def counted(*args, **kwargs):
-        seen.append(kwargs)
-        return inner(*args, **kwargs)
-
-    monkeypatch.setattr(mm, "scaled_dot_product_attention", counted)
-    return seen
+def calls():
+    """What ran on mmkernels."""
+    with kernel_calls() as seen:
+        yield seen
 
 
 def inputs(heads_k=4, requires_grad=False):
@@ -45,7 +38,7 @@ def test_same_result(options, calls):
     wanted = F.scaled_dot_product_attention(q, k, v, **options)
     with sdpa_override():
         out = F.scaled_dot_product_attention(q, k, v, **options)
-    assert len(calls) == 1
+    assert calls.attention == 1
     torch.testing.assert_close(out, wanted)
 
 
@@ -54,7 +47,7 @@ def test_ends_with_its_block(calls):
     with pytest.raises(RuntimeError, match="inside"), sdpa_override():
         raise RuntimeError("inside")
     F.scaled_dot_product_attention(q, k, v)
-    assert not calls
+    assert not calls.by_op
 
 
 def test_name_imported_beforehand(calls):
@@ -62,7 +55,7 @@ def test_name_imported_beforehand(calls):
 
     with sdpa_override():
         scaled_dot_product_attention(*inputs())
-    assert len(calls) == 1
+    assert calls.attention == 1
 
 
 def test_backend_by_name():
@@ -86,7 +79,7 @@ def test_modules_of_torch(calls, training, grad):
         wanted = layer(x, src_key_padding_mask=hidden)
         with sdpa_override():
             out = layer(x, src_key_padding_mask=hidden)
-    assert len(calls) == 1
+    assert calls.attention == 1
     torch.testing.assert_close(out[~hidden], wanted[~hidden], rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +105,7 @@ def test_vision_model(factory, calls):
     with sdpa_override():
         logits = model(images)
         (gradient,) = torch.autograd.grad(logits.square().sum(), first)
-    assert len(calls) == 2
+    assert calls.attention == 2
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-4)
 
@@ -124,7 +117,7 @@ def test_compiled_without_a_graph_break(calls):
         wanted = model(images)
         with sdpa_override():
             logits = compiled(images)
-        assert len(calls) == 2
+        assert calls.attention == 2
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(compiled(images), wanted)
-    assert len(calls) == 2
+    assert calls.attention == 2
