@@ -9,19 +9,24 @@ be registered: for a name without a mask function transformers builds no mask at
 silently attended.
 """
 
+import threading
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import generic
 
 import mmkernels as mm
 from mmkernels.attention import masks
 from mmkernels.attention.interval import IntervalMask
+from mmkernels.integrations.mask_reading import mask_over_keys, separated
+from mmkernels.integrations.transformers_masks import interval_mask
 
 NAME = "mmkernels"
+# Towers that pack images or sounds of mixed size say where each begins only to implementations
+# whose name contains "flash", and call any other once for each image.
+VARLEN_NAME = "mmkernels_flash"
 
 # What models pass to every attention function and this one may ignore. Anything else that is set
 # raises: some models say only here that their attention is sparse, or has sinks made from the data.
@@ -60,7 +65,10 @@ def attention_forward(
         query: (B or 1, Hq, Sq, D), any strides.
         key: (B, Hkv, Sk, D), heads not repeated.
         value: (B, Hkv, Sk, Dv).
-        attention_mask: bool (True = attend) or additive float, broadcasts to (B, Hq, Sq, Sk).
+        attention_mask: 4-dimensional and broadcasts to (B, Hq, Sq, Sk or more): bool (True =
+            attend; an `IntervalTensor` costs nothing to read), or float, added to the scores. One
+            that holds only 0 and at most half of its dtype's minimum is taken as bool. A row
+            without a key gives 0. Read once a forward, not by every layer.
         scaling: factor of the scores; None: D**-0.5.
         dropout: probability, applied in training only.
         is_causal: None: the module's own, else True. Counts only without a mask and for Sq > 1, and
@@ -71,13 +79,14 @@ def attention_forward(
         cu_seq_lens_q: (N + 1,) int32. Bounds of the sequences packed into a batch of one.
         cu_seq_lens_k: the same for the keys.
         output_attentions: must not be set; the weights are never formed.
-        **kwargs: anything in `HARMLESS`.
+        **kwargs: those in `HARMLESS` are ignored, any other must be None or False.
 
     Returns:
         out (B, Sq, Hq, Dv) contiguous, and None for the weights.
 
     Raises:
-        ValueError: the weights were asked for, or an argument outside `HARMLESS` is set.
+        ValueError: the weights were asked for, an argument outside `HARMLESS` is set, or the mask
+            is not 4-dimensional.
     """
     _check_served(module, output_attentions, kwargs)
     if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
@@ -86,19 +95,16 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    if attention_mask is not None and attention_mask.shape[-1] > seqlen_k:
-        attention_mask = attention_mask[..., :seqlen_k]  # made for a longer cache
     mask: IntervalMask | Tensor | None = None
     bias = position_bias
-    if attention_mask is None:
-        if seqlen_q > 1 and is_causal:
-            mask = masks.top_left(seqlen_q, seqlen_k, device=query.device)
-    elif attention_mask.is_floating_point():
-        bias = attention_mask if bias is None else bias + attention_mask
-    else:
-        mask = _as_interval(attention_mask)
+    if attention_mask is not None:
+        mask = mask_over_keys(attention_mask, module, seqlen_q, seqlen_k)
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            bias, mask = (mask if bias is None else bias + mask), None
+    elif seqlen_q > 1 and is_causal:
+        mask = masks.top_left(seqlen_q, seqlen_k, device=query.device)
     if cu_seq_lens_q is not None:
-        mask = _separate(mask, cu_seq_lens_q, cu_seq_lens_k, query, key)
+        mask = separated(mask, module, cu_seq_lens_q, cu_seq_lens_k, query, key)
 
     out = mm.attention(
         query.transpose(1, 2),
@@ -136,53 +142,63 @@ def _check_served(
         )
 
 
-def _as_interval(mask: Tensor) -> IntervalMask | Tensor:
-    """The bool `mask`, in interval form where it has one.
-
-    Every layer gets the same tensor, so the answer is kept, with the version of the contents
-    (inference tensors have none). A graph, compiled or captured, must not depend on the contents.
-    """
-    if mask.ndim != 4 or mask.shape[1] != 1 or torch.compiler.is_compiling():
-        return mask
-    version = None if mask.is_inference() else mask._version
-    known = _known_intervals.get(mask)
-    if known is None or known[0] != version:
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-            return mask
-        try:
-            interval = IntervalMask.from_dense(mask)
-        except ValueError:  # not an interval
-            interval = None
-        known = _known_intervals[mask] = version, interval
-    return mask if known[1] is None else known[1]
-
-
-# Mask tensor -> its version and its interval form; forgotten with the tensor.
-_known_intervals: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _separate(
-    mask: IntervalMask | Tensor | None,
-    cu_seq_lens_q: Tensor,
-    cu_seq_lens_k: Tensor | None,
+def varlen_forward(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
-) -> IntervalMask | Tensor:
-    """`mask`, within each of the packed sequences only."""
-    if query.shape[0] != 1:
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attention_forward` under `VARLEN_NAME`; arguments as there.
+
+    Raises:
+        ValueError: as there; neither bounds nor a mask nor causality came: some models leave it to
+            flash attention to tell packed images apart by their position ids.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if cu_seq_lens_q is None and attention_mask is None and not causal:
         raise ValueError(
-            "cu_seq_lens_q describes sequences packed into a batch of one; "
-            f"the batch is {query.shape[0]}"
+            f"{type(module).__name__} passes neither cu_seq_lens_q nor a mask to its attention; "
+            f'set config._attn_implementation = "{NAME}" for this model'
         )
-    packed = masks.packed(
-        cu_seq_lens_q, cu_seq_lens_k, total_q=query.shape[2], total_k=key.shape[2]
-    )
-    if mask is None:
-        return packed
-    if isinstance(mask, IntervalMask):
-        return packed & mask
-    return packed.to_dense()[:, None] & mask
+    return attention_forward(
+        module, query, key, value, attention_mask,
+        is_causal=is_causal, cu_seq_lens_q=cu_seq_lens_q, **kwargs,
+    )  # fmt: skip
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def varlen_implementation() -> str:
+    """The name for the `config._attn_implementation` of a tower that packs images or sounds.
+
+    Such a tower then hands over all of them at once, with `cu_seq_lens_q`. To be set on the tower's
+    own config: the names that pass the checks of `set_attn_implementation` do not have this effect.
+
+    transformers 4 knows one such name only, "flash_attention_2". The first call registers a
+    function there that serves the modules with an attribute `_mmkernels_previous` and hands any
+    other to what was registered before.
+    """
+    if hasattr(generic, "is_flash_attention_requested"):
+        return VARLEN_NAME
+    with _lock:
+        before = AttentionInterface._global_mapping["flash_attention_2"]
+        if getattr(before, "serves_marked_modules", False):
+            return "flash_attention_2"
+
+        def marked_or_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            marked = module.__dict__.get("_mmkernels_previous") is not None
+            return (varlen_forward if marked else before)(module, *args, **kwargs)
+
+        marked_or_before.serves_marked_modules = True  # type: ignore[attr-defined]
+        AttentionInterface.register("flash_attention_2", marked_or_before)
+    return "flash_attention_2"
+
+
+_lock = threading.Lock()
+
+for name, forward in ((NAME, attention_forward), (VARLEN_NAME, varlen_forward)):
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, interval_mask)

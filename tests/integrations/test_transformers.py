@@ -1,5 +1,7 @@
 """Transformers models give the logits, gradients and tokens of their own eager attention."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -153,16 +155,88 @@ def test_own_mask():
     torch.testing.assert_close(model(ids, attention_mask=holes).logits, wanted, **CLOSE)
 
 
-def test_mask_read_once_for_all_layers(monkeypatch):
-    from mmkernels.attention.interval import IntervalMask
+@pytest.fixture
+def reads(monkeypatch):
+    """The shapes of the dense masks that are read."""
+    from mmkernels.integrations import mask_reading
 
-    seen = []
-    read = IntervalMask.from_dense
-    monkeypatch.setattr(IntervalMask, "from_dense", lambda mask: seen.append(mask) or read(mask))
-    model = on(build(llama), "mmkernels")
-    model(tokens(), attention_mask=padding("left"))
-    assert len(seen) == 1
+    shapes, read = [], mask_reading._read
+    monkeypatch.setattr(
+        mask_reading, "_read", lambda mask, rows: shapes.append(mask.shape) or read(mask, rows)
+    )
+    return shapes
+
+
+def test_masks_come_as_bounds(reads, monkeypatch):
+    """The mask function's own are never read, nor made dense by anybody."""
+    from mmkernels.integrations.interval_tensor import IntervalTensor
+
+    monkeypatch.setattr(IntervalTensor, "dense", lambda mask: pytest.fail("made dense"))
+    model = on(build(gemma2), "mmkernels")
+    model(tokens(), attention_mask=padding("left")).logits.sum().backward()
+    model(tokens(), attention_mask=padding("right"))
+    assert reads == []
+
+
+def test_mask_read_once_for_all_layers(reads):
+    model, ids = on(build(llama), "mmkernels"), tokens()
     assert model.config.num_hidden_layers == 2
+    lower = torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()
+    for mask in (lower, torch.where(lower, 0.0, -torch.inf)):
+        model(ids, attention_mask=mask)
+        model(ids, attention_mask=mask)
+        assert len(reads) == 1
+        reads.clear()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_views_of_one_mask_read_once(reads, mode):
+    """Layers may slice the mask themselves, or have fewer keys than it has."""
+    generator = torch.Generator().manual_seed(9)
+    q, k, v = torch.randn(3, 2, 4, 6, 16, generator=generator)
+    mask = torch.ones(2, 1, 6, 9, dtype=torch.bool).tril(1)
+    layers = [torch.nn.Module() for _ in range(3)]
+    with mode():
+        outs = [attention_forward(x, q, k, v, mask[:, :, :, :6])[0] for x in layers]
+        assert len(reads) == 1
+        outs += [attention_forward(x, q, k, v, mask)[0] for x in layers]
+        assert len(reads) == 2
+        wanted = attention_forward(layers[0], q, k, v, mask[..., :6].clone())[0]
+        for out in outs:
+            assert torch.equal(out, wanted)
+        mask[..., 0] = False  # seen through the view as well
+        changed = attention_forward(layers[0], q, k, v, mask[:, :, :, :6])[0]
+        assert not torch.equal(changed, wanted)
+        assert torch.equal(changed, attention_forward(layers[0], q, k, v, mask[..., :6].clone())[0])
+
+
+def test_inference_mask_read_once_a_forward(reads):
+    """An inference tensor does not tell that it has changed."""
+    model, ids = on(build(llama), "mmkernels"), tokens()
+    with torch.inference_mode():
+        mask = torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()
+        first = model(ids, attention_mask=mask).logits
+        assert len(reads) == 1
+        mask[..., 0] = False
+        second = model(ids, attention_mask=mask).logits
+    assert len(reads) == 2
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_findings_do_not_keep_masks_alive():
+    from mmkernels.integrations.mask_reading import _findings
+
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    layer, before = torch.nn.Module(), len(_findings)
+    for dtype in (torch.bool, torch.float32):
+        for density in (1.0, 0.5):
+            mask = torch.rand(1, 1, 5, 9) <= density
+            mask = mask if dtype == torch.bool else torch.where(mask, 0.0, -torch.inf)
+            attention_forward(layer, q, k, v, mask)
+            attention_forward(layer, q, k, v, mask[..., :5])
+            assert len(_findings) == before + 1
+            del mask
+            assert len(_findings) == before
 
 
 def test_mask_changed_in_place():
@@ -193,7 +267,20 @@ def test_vision_model():
     assert_same(model, pixel_values=pixels)
 
 
-@pytest.mark.parametrize("factory", TEXT_MODELS)
+def gemma3():
+    """A window of 8 in all layers but every sixth; a cache that keeps as much."""
+    config = transformers.Gemma3TextConfig(
+        **TEXT | {"num_hidden_layers": 6}, sliding_window=8, query_pre_attn_scalar=4
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def mistral():
+    """A window of 8 in every layer."""
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT, sliding_window=8))
+
+
+@pytest.mark.parametrize("factory", [*TEXT_MODELS, gemma3, mistral])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("pad", [None, "left"])
 def test_generate(factory, cache, pad):
@@ -230,6 +317,43 @@ def test_compiled_without_a_graph_break(pad):
     torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    model = build(llama).train()
+    inputs = {"input_ids": tokens(), "attention_mask": padding("left"), "use_cache": False}
+    _, wanted = logits_and_gradients(on(model, "eager"), **inputs)
+    with warnings.catch_warnings():  # transformers 5 has renamed it
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    _, gradients = logits_and_gradients(on(model, "mmkernels"), **inputs)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+def test_compiled_layer_of_an_eager_model():
+    """Masks made outside of the graph come into it as bounds."""
+    model, inputs = on(build(gemma2), "mmkernels"), {"input_ids": tokens(), "use_cache": False}
+    inputs["attention_mask"] = padding("right")
+    wanted, gradients = logits_and_gradients(model, **inputs)
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    logits, compiled = logits_and_gradients(model, **inputs)
+    torch.testing.assert_close(logits, wanted, **CLOSE)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_from_pretrained(tmp_path):
+    build(llama).save_pretrained(tmp_path)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path, attn_implementation="mmkernels").eval()
+    assert model.config._attn_implementation == "mmkernels"
+    wanted = load(tmp_path, attn_implementation="eager").eval()(tokens()).logits
+    torch.testing.assert_close(model(tokens()).logits, wanted, **CLOSE)
+
+
 def test_inference_mode():
     model, inputs = build(llama), {"input_ids": tokens(), "attention_mask": padding("left")}
     with torch.inference_mode():
@@ -246,29 +370,6 @@ def test_dropout_in_training_only():
     torch.testing.assert_close(attention_forward(layer, q, k, v, None, dropout=0.9)[0], kept)
     dropped = attention_forward(layer.train(), q, k, v, None, dropout=0.9)[0]
     assert (dropped - kept).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(4, 9), (9, 4), (5, 5)])
-def test_causal_without_a_mask_aligns_the_first_key(seqlen_q, seqlen_k):
-    """As torch's is_causal does; the output is contiguous, heads last but one."""
-    generator = torch.Generator().manual_seed(6)
-    q = torch.randn(2, 4, seqlen_q, 16, generator=generator)
-    k, v = torch.randn(2, 2, 2, seqlen_k, 16, generator=generator)
-    wanted = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=True
-    )
-    out, weights = attention_forward(torch.nn.Module(), q, k, v, None)
-    assert weights is None
-    assert out.is_contiguous()
-    torch.testing.assert_close(out, wanted.transpose(1, 2))
-
-
-def test_query_shared_by_the_batch():
-    q = torch.randn(1, 4, 3, 16, generator=torch.Generator().manual_seed(7))
-    k, v = torch.randn(2, 5, 4, 8, 16, generator=torch.Generator().manual_seed(8))
-    out, _ = attention_forward(torch.nn.Module(), q, k, v, None, is_causal=False)
-    wanted = torch.nn.functional.scaled_dot_product_attention(q.expand(5, -1, -1, -1), k, v)
-    torch.testing.assert_close(out, wanted.transpose(1, 2))
 
 
 @pytest.mark.filterwarnings("ignore:.*output_attentions")  # transformers 4 warns before we raise
