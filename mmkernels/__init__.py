@@ -28,6 +28,7 @@ if torch_error is None:
         scaled_dot_product_attention,
     )
     from mmkernels.errors import BackendUnavailable
+    from mmkernels.integrations.replace import replace, replaced, restore
     from mmkernels.patch_embed.api import patch_embed, patch_embed_varlen
 
 __all__ = [
@@ -39,6 +40,9 @@ __all__ = [
     "masks",
     "patch_embed",
     "patch_embed_varlen",
+    "replace",
+    "replaced",
+    "restore",
     "scaled_dot_product_attention",
     "use_backend",
 ]

@@ -35,15 +35,20 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_patch_product(proj: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether `mm.patch_embed` with the parameters of proj does all that calling proj does."""
-    if not isinstance(proj, _ConvNd) or not is_plain(proj, *CONVOLUTIONS):
+    return is_plain(proj, *CONVOLUTIONS) and is_patch_convolution(proj)
+
+
+def is_patch_convolution(conv: nn.Module) -> TypeGuard[_ConvNd]:
+    """Whether a convolution's settings and parameters are ones that `mm.patch_embed` takes."""
+    if not isinstance(conv, CONVOLUTIONS):
         return False
-    dims = proj.weight.ndim - 2
+    dims = conv.weight.ndim - 2
     return (
-        proj.padding in ("valid", (0,) * dims)
-        and proj.dilation == (1,) * dims
-        and proj.groups == 1
-        and isinstance(proj.stride, tuple)
-        and type(proj.weight) in (Tensor, nn.Parameter)
+        conv.padding in ("valid", (0,) * dims)
+        and conv.dilation == (1,) * dims
+        and conv.groups == 1
+        and isinstance(conv.stride, tuple)
+        and type(conv.weight) in (Tensor, nn.Parameter)
     )
 
 

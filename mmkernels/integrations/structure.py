@@ -1,0 +1,260 @@
+"""How a module computes attention, and whether it cuts patches: read from its code and settings.
+
+Nothing goes by a module's name. The names that its forward uses, and those of the functions and
+methods that it calls, tell which attention function it ends in. Submodules are looked at by
+themselves.
+"""
+
+import dis
+import enum
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mmkernels.integrations.forwards import original_class
+from mmkernels.modules.projection import CONVOLUTIONS, is_patch_convolution
+
+SDPA = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "@"})
+# A convolution over more channels than this reads features, not pixels, spectrograms or latents.
+PIXEL_CHANNELS = 16
+# Layers of torch that decline the weights of the attention in them.
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# What a forward may name without computing attention in it: machinery around a model, and torch,
+# where the functions that are looked for stand.
+_NOT_FOLLOWED = ("torch.", "transformers.modeling_utils", "transformers.generation", "accelerate.")
+
+
+class Seam(enum.Enum):
+    """Where a module can be made to call mmkernels."""
+
+    MULTIHEAD = "torch.nn.MultiheadAttention"
+    INTERFACE = "the attention interface of transformers"
+    SDPA = "torch's scaled_dot_product_attention"
+    NONE = "attention of its own products and softmax"
+    PATCHES = "a convolution in steps over pixels"
+
+
+class Code(NamedTuple):
+    """What a forward and all that it calls are made of.
+
+    Attributes:
+        names: of globals, attributes and methods; "@" for the operator.
+        strings: literals, and "need_weights" where a call declines the weights of attention.
+        parameters: of the forward itself.
+    """
+
+    names: frozenset[str]
+    strings: frozenset[str]
+    parameters: frozenset[str]
+
+
+NO_CODE = Code(frozenset(), frozenset(), frozenset())
+
+
+class Found(NamedTuple):
+    """A module that computes attention or cuts patches.
+
+    Attributes:
+        name: where it is in the model.
+        module: it.
+        seam: where it can be reached.
+        code: of its forward.
+        config: its own, else that of the model of transformers around it; None: neither has one.
+        weights_declined: for a multi-head attention, whether what calls it names need_weights, and
+            not to have them. Those who call it by themselves may do so.
+    """
+
+    name: str
+    module: nn.Module
+    seam: Seam
+    code: Code
+    config: Any
+    weights_declined: bool
+
+    @property
+    def implementation(self) -> str | None:
+        """Which attention the config asks for."""
+        return getattr(self.config, "_attn_implementation", None)
+
+
+def search(model: nn.Module) -> Iterator[Found]:
+    """All such modules in a model, each once, those of mmkernels left out."""
+    codes: dict[int, Code] = {}
+    for name, module, around in _walk(model, "", (), set()):
+        seam: Seam | None
+        code = NO_CODE
+        if isinstance(module, CONVOLUTIONS):
+            seam = Seam.PATCHES if reads_pixels(module) else None
+        elif isinstance(module, torch.jit.ScriptModule):
+            seam = scripted_seam(module)
+        else:
+            code = codes[id(module)] = read(module)
+            seam = attention_seam(module, code)
+        if seam is not None:
+            configs = (getattr(one, "config", None) for one in (module, *reversed(around)))
+            config = next((one for one in configs if hasattr(one, "_attn_implementation")), None)
+            declined = not around or any(
+                isinstance(one, _LAYERS) or "need_weights" in codes[id(one)].strings
+                for one in around
+            )
+            yield Found(name, module, seam, code, config, declined)
+
+
+def _walk(
+    module: nn.Module, name: str, around: tuple[nn.Module, ...], seen: set[int]
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """Each module with its place, and those that it is in."""
+    if id(module) in seen or original_class(module).__module__.startswith("mmkernels."):
+        return
+    seen.add(id(module))
+    yield name, module, around
+    if not isinstance(module, torch.jit.ScriptModule):
+        for child, inner in module.named_children():
+            place = f"{name}.{child}" if name else child
+            yield from _walk(inner, place, (*around, module), seen)
+
+
+def read(module: nn.Module) -> Code:
+    """The code of module's forward, and of the functions and methods that it calls."""
+    forward = inspect.unwrap(original_class(module).forward)
+    if not isinstance(forward, FunctionType):
+        return NO_CODE
+    pending, seen = [forward], set()
+    names: set[str] = set()
+    strings: set[str] = set()
+    while pending:
+        function = pending.pop()
+        if function in seen or not _is_followed(function):
+            continue
+        seen.add(function)
+        used: set[str] = set()
+        for code in _codes(function.__code__):
+            used.update(code.co_names)
+            strings.update(x for x in code.co_consts if isinstance(x, str))
+            if _declines_weights(code):
+                strings.add("need_weights")
+            if any(_is_product(step) for step in dis.get_instructions(code)):
+                names.add("@")
+        names |= used
+        pending += _called(module, function, used)
+    return Code(
+        frozenset(names), frozenset(strings), frozenset(inspect.signature(forward).parameters)
+    )
+
+
+def attention_seam(module: nn.Module, code: Code) -> Seam | None:
+    """How module computes attention; None: it computes none."""
+    if isinstance(module, nn.MultiheadAttention):
+        return Seam.MULTIHEAD
+    if "ALL_ATTENTION_FUNCTIONS" in code.names:
+        return Seam.INTERFACE
+    if not SDPA.isdisjoint(code.names):
+        return Seam.SDPA
+    # A router of experts has a softmax and products, too, but takes the best few.
+    by_hand = "softmax" in code.names and not PRODUCTS.isdisjoint(code.names)
+    return Seam.NONE if by_hand and "topk" not in code.names else None
+
+
+def scripted_seam(module: torch.jit.ScriptModule) -> Seam | None:
+    """The same for a module whose code is a graph."""
+    graph = str(module.inlined_graph) if hasattr(module, "forward") else ""
+    if "aten::scaled_dot_product_attention" in graph:
+        return Seam.SDPA
+    by_hand = "aten::softmax" in graph and ("aten::matmul" in graph or "aten::bmm" in graph)
+    return Seam.NONE if by_hand else None
+
+
+def takes_mask(code: Code) -> bool:
+    """Whether the forward is given a mask by the model around it."""
+    return any("mask" in parameter for parameter in code.parameters)
+
+
+def splits_by_cu_seqlens(code: Code) -> bool:
+    """Whether the forward cuts packed images apart unless a flash attention is asked for."""
+    asks = "is_flash_attention_requested" in code.names or "flash_attention_2" in code.strings
+    return asks and "cu_seqlens" in code.parameters
+
+
+def reads_pixels(module: nn.Module) -> bool:
+    """Whether module is a convolution from few channels in steps, as patches are cut."""
+    return (
+        isinstance(module, CONVOLUTIONS)
+        and module.in_channels <= PIXEL_CHANNELS
+        and math.prod(module.stride) > 1
+    )
+
+
+def why_no_patches(conv: nn.Module) -> str | None:
+    """Why a convolution that reads pixels is no product of patches; None: it is one."""
+    original = original_class(conv)
+    if original not in CONVOLUTIONS:
+        return f"{original.__name__} is a convolution with code of its own"
+    assert isinstance(conv, CONVOLUTIONS)  # said once more, for the type checker
+    if not is_patch_convolution(conv):
+        return (
+            f"padding={conv.padding}, dilation={conv.dilation}, groups={conv.groups}: patches have "
+            "no padding, no dilation and one group"
+        )
+    # Where neighbours share most of their pixels, a convolution reads them once, a product often.
+    if any(
+        stride != kernel and (stride < 4 or 2 * stride <= kernel)
+        for stride, kernel in zip(conv.stride, conv.kernel_size, strict=True)
+    ):
+        return f"kernel_size={conv.kernel_size} and stride={conv.stride}: no patches side by side"
+    return None
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code and that of the functions defined in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _declines_weights(code: CodeType) -> bool:
+    """Whether a call passes need_weights, as False or as somebody else has decided."""
+    keywords = (x for x in code.co_consts if isinstance(x, tuple))
+    return any("need_weights" in names for names in keywords) and (
+        any(x is False for x in code.co_consts) or "need_weights" in code.co_varnames
+    )
+
+
+def _is_product(step: dis.Instruction) -> bool:
+    return step.opname == "BINARY_MATRIX_MULTIPLY" or (
+        step.opname == "BINARY_OP" and step.argrepr in ("@", "@=")
+    )
+
+
+def _called(module: nn.Module, function: FunctionType, names: set[str]) -> list[FunctionType]:
+    """The Python functions behind names in a function of module, and those that it wraps."""
+    found: list[Any] = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    for name in names:
+        method = inspect.getattr_static(original_class(module), name, None)
+        found.append(method.__func__ if isinstance(method, (staticmethod, classmethod)) else method)
+        # A plain object that is called, such as an attention processor.
+        found.append(type(module.__dict__.get(name)).__dict__.get("__call__"))
+        found.append(function.__globals__.get(name))
+    return [inspect.unwrap(x) for x in found if isinstance(inspect.unwrap(x), FunctionType)]
+
+
+def _is_followed(function: FunctionType) -> bool:
+    module = function.__module__ or ""
+    return (
+        not module.startswith(_NOT_FOLLOWED)
+        and module.partition(".")[0] not in sys.stdlib_module_names
+    )
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return callable(cell.cell_contents)
+    except ValueError:  # of a function that is still being defined
+        return False
