@@ -8,6 +8,9 @@ ARGS ?=
 VENV := .venv
 MINIMAL := .venv-minimal
 OLDEST := .venv-oldest
+# The versions of transformers whose models are tested beside the one in constraints.txt.
+TRANSFORMERS := 4.57.6 5.18.0
+WITH_TRANSFORMERS := $(TRANSFORMERS:%=.venv-transformers-%)
 # The smallest installation that is supported: torch without CUDA, no triton, no optional library.
 MINIMAL_TORCH := 2.13.0
 # The oldest Triton that the kernels support. Its interpreter fails on loops under numpy 2.4.
@@ -28,7 +31,7 @@ PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal test-oldest bench bench-report lint format clean
+.PHONY: help demo test test-all test-minimal test-oldest test-transformers bench bench-report lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -49,6 +52,11 @@ test-all: lint  ## lint, types, and all tests
 
 test-minimal: $(MINIMAL)/.installed  ## the same tests on a CPU-only torch without any optional package
 	$(MINIMAL)/bin/python -m pytest -m "not slow and not gpu and not compiled" $(ARGS)
+
+test-transformers: $(WITH_TRANSFORMERS:%=%/.installed)  ## the tests of transformers models, on 4.57 and 5.18
+	for venv in $(WITH_TRANSFORMERS); do \
+	  $$venv/bin/python -m pytest tests/integrations -m "not slow and not gpu and not compiled" $(PARALLEL) $(ARGS) || exit; \
+	done
 
 test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Triton that they support
 	$(OLDEST)/bin/python -m pytest -m "interpreter and not slow and not gpu" $(PARALLEL) $(ARGS)
@@ -99,6 +107,10 @@ endef
 
 $(MINIMAL)/.installed: pyproject.toml constraints.txt
 	$(call cpu_venv,$(MINIMAL),numpy pytest hypothesis)
+	touch $@
+
+.venv-transformers-%/.installed: pyproject.toml constraints.txt
+	$(call cpu_venv,$(@D),transformers==$* pytest pytest-xdist hypothesis pillow,|transformers|tokenizers|huggingface|hf-xet)
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt
