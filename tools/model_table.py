@@ -1,19 +1,23 @@
-"""`python -m tools.model_table`: rewrites docs/models.md's table for the running transformers.
+"""`python -m tools.model_table`: rewrites docs/models.md's tables, of transformers the running one's.
 
-Each row is a family of models, a tiny one of which `mmkernels.replace` is asked about; nothing
-runs. The tests run the same models and count kernels.
+Each of their rows is a family of models, a tiny one of which `mmkernels.replace` is asked about;
+nothing runs. The tests run the same models and count kernels, as they do for the other libraries,
+whose rows say what they expect.
 """
 
 from mmkernels import replace
 from mmkernels.integrations.report import Report
 from tests.integrations.families import FAMILIES
 from tests.integrations.family import MAJOR
+from tests.integrations.libraries import rows as library_rows
 from tools.generated import ROOT, replaced, table
 
 PAGE = ROOT / "docs" / "models.md"
 # By major version: the versions that the table speaks of, as its block is called.
 VERSIONS = {4: "transformers 4.57", 5: "transformers 5"}
 HEADER = ["family", "attention", "patch embedding", "how it is served, or why it is left"]
+
+LIBRARIES = ["library", "model", "attention swapped", "patch embeddings swapped", "why not all"]
 
 
 def cell(report: Report, kind: str) -> str:
@@ -44,11 +48,12 @@ def block() -> str:
 
 def page() -> str:
     """What docs/models.md should be."""
-    return replaced(PAGE.read_text(), VERSIONS[MAJOR], block())
+    text = replaced(PAGE.read_text(), VERSIONS[MAJOR], block())
+    return replaced(text, "libraries", table(LIBRARIES, [list(row) for row in library_rows()]))
 
 
 def main() -> None:
-    """Rewrites the table of the running version."""
+    """Rewrites the page."""
     PAGE.write_text(page())
 
 

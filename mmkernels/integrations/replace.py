@@ -16,21 +16,22 @@ from torch import nn
 from mmkernels.integrations import structure
 from mmkernels.integrations.forwards import (
     Changed,
-    PatchConvolution,
-    ScopedAttention,
+    Maker,
     change,
     change_back,
+    multihead_attention,
     original_class,
+    patch_convolution,
+    scoped_attention,
 )
 from mmkernels.integrations.report import Entry, Kind, Report
 from mmkernels.integrations.structure import Found, Seam
 from mmkernels.integrations.switches import PREVIOUS, switch_back, switch_fast_path
-from mmkernels.modules.attention import MultiheadAttention
 
-_FORWARDS: dict[Seam, type] = {
-    Seam.MULTIHEAD: MultiheadAttention,
-    Seam.SDPA: ScopedAttention,
-    Seam.PATCHES: PatchConvolution,
+_MAKERS: dict[Seam, Maker] = {
+    Seam.MULTIHEAD: multihead_attention,
+    Seam.SDPA: scoped_attention,
+    Seam.PATCHES: patch_convolution,
 }
 _HOW = {
     Seam.MULTIHEAD: "as mmkernels.modules.MultiheadAttention, with need_weights=False",
@@ -119,8 +120,8 @@ def _check(model: Any) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "replace: model is compiled by TorchScript, which fixes its code; replace before that, "
-            "or use torch.compile, which follows a change"
+            "replace: model is compiled by TorchScript, which fixes its code; replace the module "
+            "that it was made from, and use torch.compile or torch.export"
         )
 
 
@@ -149,7 +150,7 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
             why_left = _why_left(one)
             swapped, reason = why_left is None, why_left or _HOW[one.seam]
             if swapped and not isinstance(one.module, Changed):
-                change(one.module, _FORWARDS[one.seam])
+                change(one.module, _MAKERS[one.seam])
         kind: Kind = "patch embedding" if one.seam is Seam.PATCHES else "attention"
         yield Entry(one.name, original_class(one.module).__name__, kind, swapped, reason)
     for module in model.modules():
@@ -159,18 +160,19 @@ def _entries(model: nn.Module) -> Iterator[Entry]:
 def _why_left(one: Found) -> str | None:
     """Why a module cannot get another forward; None: it can."""
     module, seam = one.module, one.seam
-    original = original_class(module)
+    if isinstance(module, Changed):
+        return None
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript, which fixes its code"
     if isinstance(module, torch.fx.GraphModule):
-        return "traced by torch.fx; replace before tracing"
+        return "traced by torch.fx, which fixes its code"
     if "forward" in module.__dict__:
         return "something has bound another forward to it, as hooks of accelerate do"
     if nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized; replace before that, or after remove_parametrizations"
     if seam is Seam.PATCHES:
         return structure.why_no_patches(module)
-    if seam is Seam.MULTIHEAD and original is not nn.MultiheadAttention:
+    if seam is Seam.MULTIHEAD and type(module) is not nn.MultiheadAttention:
         return "a subclass of torch.nn.MultiheadAttention, which may have code of its own"
     if seam is Seam.MULTIHEAD and not one.weights_declined:
         return "called without need_weights=False, so it forms the attention weights"
@@ -178,6 +180,8 @@ def _why_left(one: Found) -> str | None:
         return "computes softmax(q k^T) v itself, and calls no attention function"
     if getattr(module, "fused_attn", True) is False:
         return "its fused_attn is False, so it calls no attention function"
+    if elsewhere := structure.dispatched_elsewhere(one):
+        return f"diffusers runs it on its attention backend {elsewhere!r}, not on 'native'"
     if seam is Seam.SDPA and one.implementation == "eager":
         return 'built with attn_implementation="eager"; load the model with "sdpa"'
     return None

@@ -21,6 +21,8 @@ from mmkernels.integrations.forwards import original_class
 from mmkernels.modules.projection import CONVOLUTIONS, is_patch_convolution
 
 SDPA = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
+# Of diffusers. It calls a function from a registry, where "native" is the one that calls torch's.
+DISPATCH = "dispatch_attention_fn"
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "@"})
 # A convolution over more channels than this reads features, not pixels, spectrograms or latents.
 PIXEL_CHANNELS = 16
@@ -155,11 +157,26 @@ def attention_seam(module: nn.Module, code: Code) -> Seam | None:
         return Seam.MULTIHEAD
     if "ALL_ATTENTION_FUNCTIONS" in code.names:
         return Seam.INTERFACE
-    if not SDPA.isdisjoint(code.names):
+    if DISPATCH in code.names or not SDPA.isdisjoint(code.names):
         return Seam.SDPA
     # A router of experts has a softmax and products, too, but takes the best few.
     by_hand = "softmax" in code.names and not PRODUCTS.isdisjoint(code.names)
     return Seam.NONE if by_hand and "topk" not in code.names else None
+
+
+def dispatched_elsewhere(one: Found) -> str | None:
+    """The backend of diffusers that a module runs on, if it does not end in torch's function."""
+    if DISPATCH not in one.code.names:
+        return None
+    from diffusers.models import attention_dispatch
+
+    processor = getattr(one.module, "processor", None)
+    if getattr(processor, "_parallel_config", None) is not None:
+        return "context parallelism"
+    chosen = getattr(processor, "_attention_backend", None)
+    chosen = chosen or attention_dispatch._AttentionBackendRegistry.get_active_backend()[0]
+    name = str(getattr(chosen, "value", chosen))
+    return None if name == "native" else name
 
 
 def scripted_seam(module: torch.jit.ScriptModule) -> Seam | None:
@@ -197,6 +214,10 @@ def why_no_patches(conv: nn.Module) -> str | None:
     if original not in CONVOLUTIONS:
         return f"{original.__name__} is a convolution with code of its own"
     assert isinstance(conv, CONVOLUTIONS)  # said once more, for the type checker
+    if type(conv.weight) not in (torch.Tensor, nn.Parameter):
+        return (
+            f"its weight is a {type(conv.weight).__name__}; replace before sharding or quantising"
+        )
     if not is_patch_convolution(conv):
         return (
             f"padding={conv.padding}, dilation={conv.dilation}, groups={conv.groups}: patches have "

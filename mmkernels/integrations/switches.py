@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,6 +14,28 @@ PREVIOUS = "_mmkernels_previous"
 
 # The implementations that a config may have been switched to; the last one in transformers 4.
 SWITCHED = ("mmkernels", "mmkernels_flash", "flash_attention_2")
+
+
+class Previous(NamedTuple):
+    """The setting that a module had, in its attribute `PREVIOUS`.
+
+    Where it is unpickled, the implementation that it gave way to is made known.
+    """
+
+    setting: Any
+
+    def __reduce__(self) -> tuple:
+        """What makes it again."""
+        return _unpickled, (self.setting,)
+
+
+def _unpickled(setting: Any) -> Previous:
+    if isinstance(setting, str):
+        from mmkernels.integrations import transformers as ours
+
+        ours.varlen_implementation()  # registers its name, too
+    return Previous(setting)
+
 
 # In evaluation these run attention and all around it in one function of torch that bypasses their
 # modules, unless the attribute has this value. It is read for nothing else.
@@ -29,7 +51,7 @@ def switch_fast_path(module: nn.Module) -> None:
         if not isinstance(module, kind) or PREVIOUS in module.__dict__:
             continue
         if hasattr(module, attribute) and any(isinstance(x, Changed) for x in module.modules()):
-            setattr(module, PREVIOUS, getattr(module, attribute))
+            setattr(module, PREVIOUS, Previous(getattr(module, attribute)))
             setattr(module, attribute, value)
 
 
@@ -110,12 +132,12 @@ def _switch_outer_models(
 
 def _switch(modules: Sequence[nn.Module], config: Any, name: str) -> None:
     """Makes `name` the implementation of a config, and the modules that read it remember."""
-    known = (module.__dict__[PREVIOUS] for module in modules if PREVIOUS in module.__dict__)
+    known = (module.__dict__[PREVIOUS].setting for module in modules if PREVIOUS in module.__dict__)
     previous = next(known, config._attn_implementation)
     if previous == name and name.startswith("mmkernels"):  # so it was loaded
         return
     for module in modules:
-        setattr(module, PREVIOUS, previous)
+        setattr(module, PREVIOUS, Previous(previous))
     # The public setter would set the configs inside, too.
     config._attn_implementation_internal = name
 
@@ -124,7 +146,7 @@ def switch_back(module: nn.Module) -> None:
     """Undoes the above in one module, unless somebody has switched it again."""
     if PREVIOUS not in module.__dict__:
         return
-    previous = module.__dict__.pop(PREVIOUS)
+    previous = module.__dict__.pop(PREVIOUS).setting
     for kind, (attribute, _) in _FAST_PATHS.items():
         if isinstance(module, kind):
             setattr(module, attribute, previous)

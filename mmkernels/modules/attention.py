@@ -46,8 +46,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017.
     """
 
-    backend: str = "auto"  # on the class too, for a torch module whose class is changed in place
-
     def __init__(
         self,
         embed_dim: int,
@@ -119,6 +117,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: a wrong shape or device; is_causal without attn_mask; nested tensors, except
                 in the inference of self-attention, which torch then runs.
         """
+        # Of a module of torch, whose forward `mm.replace` makes this one, there may be no more than
+        # torch's own attributes: hence functions, not methods, too.
+        backend = getattr(self, "backend", "auto")
         if is_causal and attn_mask is None:
             raise ValueError(
                 "is_causal=True promises that attn_mask is causal, but attn_mask is None; pass the "
@@ -127,8 +128,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         if any(getattr(x, "is_nested", False) for x in (query, key, value)):
             try:
-                return super().forward(
-                    query, key, value, need_weights=need_weights,
+                return nn.MultiheadAttention.forward(
+                    self, query, key, value, need_weights=need_weights,
                     average_attn_weights=average_attn_weights, **masks,
                 )  # fmt: skip
             except AssertionError as error:
@@ -136,24 +137,22 @@ class MultiheadAttention(nn.MultiheadAttention):
                     f"query, key or value is a nested tensor, which only torch can serve: {error}. "
                     "Pad it with to_padded_tensor(0.0) and pass key_padding_mask"
                 ) from error
-        self._check_arguments(query=query, key=key, value=value, **masks)
-        q, k, v = self._project(query, key, value)
-        k, v = self._append_keys(k, v)
+        _check_arguments(self, query=query, key=key, value=value, **masks)
+        q, k, v = _project(self, query, key, value)
+        k, v = _append_keys(self, k, v)
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            shown, bias = self._merge_masks(**masks)
+            shown, bias = _merge_masks(self, **masks)
             out, weights = _attend_with_weights(q, k, v, shown, bias, dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if query.dim() == 3 else weights.squeeze(0)
         elif is_causal and key_padding_mask is None:
             mask = top_left(q.shape[1], k.shape[1], device=q.device)
-            out = attention(q, k, v, mask=mask, dropout_p=dropout_p, backend=self.backend)
+            out = attention(q, k, v, mask=mask, dropout_p=dropout_p, backend=backend)
         else:
-            shown, bias = self._merge_masks(**masks)
-            out = attention(
-                q, k, v, mask=shown, bias=bias, dropout_p=dropout_p, backend=self.backend
-            )
+            shown, bias = _merge_masks(self, **masks)
+            out = attention(q, k, v, mask=shown, bias=bias, dropout_p=dropout_p, backend=backend)
         out = out.flatten(2)
         if query.dim() == 2:
             out = out.squeeze(0)
@@ -161,100 +160,104 @@ class MultiheadAttention(nn.MultiheadAttention):
             out = out.transpose(0, 1).contiguous()  # as torch returns it, for callers that view()
         return self.out_proj(out), weights
 
-    def _check_arguments(self, **arguments: Any) -> None:
-        for name, x in arguments.items():
-            if not isinstance(x, Tensor) and (x is not None or "mask" not in name):
-                raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
-        query, key = arguments["query"], arguments["key"]
-        if query.dim() not in (2, 3) or key.dim() != query.dim():
+
+def _check_arguments(mha: nn.MultiheadAttention, **arguments: Any) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor) and (x is not None or "mask" not in name):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+    query, key = arguments["query"], arguments["key"]
+    if query.dim() not in (2, 3) or key.dim() != query.dim():
+        raise ValueError(
+            f"query and key have shapes {tuple(query.shape)} and {tuple(key.shape)}; "
+            "both must be 3-D (batched) or both 2-D (unbatched)"
+        )
+    seq = 1 if query.dim() == 3 and mha.batch_first else 0
+    batch = (query.shape[1 - seq],) if query.dim() == 3 else ()
+    len_q, len_k = query.shape[seq], key.shape[seq]
+
+    def sequence(length: int, width: int) -> tuple[int, ...]:
+        return (*batch, length, width) if seq else (length, *batch, width)
+
+    shapes = {
+        "query": [sequence(len_q, mha.embed_dim)],
+        "key": [sequence(len_k, mha.kdim)],
+        "value": [sequence(len_k, mha.vdim)],
+        "key_padding_mask": [(*batch, len_k)],
+        "attn_mask": [(len_q, len_k), (math.prod(batch) * mha.num_heads, len_q, len_k)],
+    }
+    weight = mha.q_proj_weight if mha.in_proj_weight is None else mha.in_proj_weight
+    dtype, device = weight.dtype, weight.device
+    autocast = torch.amp.is_autocast_available(device.type)
+    autocast = autocast and torch.is_autocast_enabled(device.type)
+    for name, x in arguments.items():
+        if x is None:
+            continue
+        if tuple(x.shape) not in shapes[name]:
             raise ValueError(
-                f"query and key have shapes {tuple(query.shape)} and {tuple(key.shape)}; "
-                "both must be 3-D (batched) or both 2-D (unbatched)"
+                f"{name} has shape {tuple(x.shape)}; with this query, this key and this module "
+                f"it must have {' or '.join(map(str, shapes[name]))}"
             )
-        seq = 1 if query.dim() == 3 and self.batch_first else 0
-        batch = (query.shape[1 - seq],) if query.dim() == 3 else ()
-        len_q, len_k = query.shape[seq], key.shape[seq]
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}; move it to {device}")
+        allowed = (torch.bool, dtype, torch.float32) if "mask" in name else (dtype,)
+        if x.dtype not in allowed and not (autocast and x.is_floating_point()):
+            raise TypeError(f"{name} is {x.dtype}; convert it to {allowed[0]}")
 
-        def sequence(length: int, width: int) -> tuple[int, ...]:
-            return (*batch, length, width) if seq else (length, *batch, width)
 
-        shapes = {
-            "query": [sequence(len_q, self.embed_dim)],
-            "key": [sequence(len_k, self.kdim)],
-            "value": [sequence(len_k, self.vdim)],
-            "key_padding_mask": [(*batch, len_k)],
-            "attn_mask": [(len_q, len_k), (math.prod(batch) * self.num_heads, len_q, len_k)],
-        }
-        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        dtype, device = weight.dtype, weight.device
-        autocast = torch.amp.is_autocast_available(device.type)
-        autocast = autocast and torch.is_autocast_enabled(device.type)
-        for name, x in arguments.items():
-            if x is None:
-                continue
-            if tuple(x.shape) not in shapes[name]:
-                raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}; with this query, this key and this module "
-                    f"it must have {' or '.join(map(str, shapes[name]))}"
-                )
-            if x.device != device:
-                raise ValueError(f"{name} is on {x.device}; move it to {device}")
-            allowed = (torch.bool, dtype, torch.float32) if "mask" in name else (dtype,)
-            if x.dtype not in allowed and not (autocast and x.is_floating_point()):
-                raise TypeError(f"{name} is {x.dtype}; convert it to {allowed[0]}")
+def _project(mha: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Views (N, L, H, D), (N, S, H, D) twice, of as few products as the inputs allow."""
+    weight, bias, width = mha.in_proj_weight, mha.in_proj_bias, mha.embed_dim
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Views (N, L, H, D), (N, S, H, D) twice, of as few products as the inputs allow."""
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+    def heads(x: Tensor, weight: Tensor, bias: Tensor | None, count: int = 1) -> list[Tensor]:
+        x = F.linear(x, weight, bias)
+        parts = x.view(*x.shape[:-1], count, mha.num_heads, mha.head_dim).unbind(-3)
+        if query.dim() == 2:
+            return [part.unsqueeze(0) for part in parts]
+        return list(parts) if mha.batch_first else [part.transpose(0, 1) for part in parts]
 
-        def heads(x: Tensor, weight: Tensor, bias: Tensor | None, count: int = 1) -> list[Tensor]:
-            x = F.linear(x, weight, bias)
-            parts = x.view(*x.shape[:-1], count, self.num_heads, self.head_dim).unbind(-3)
-            if query.dim() == 2:
-                return [part.unsqueeze(0) for part in parts]
-            return list(parts) if self.batch_first else [part.transpose(0, 1) for part in parts]
+    if weight is not None and query is key and key is value:
+        return heads(query, weight, bias, count=3)
+    if weight is not None and key is value:
+        w_q, w_kv = weight.split((width, 2 * width))
+        b_q, b_kv = (None, None) if bias is None else bias.split((width, 2 * width))
+        return heads(query, w_q, b_q) + heads(key, w_kv, b_kv, count=2)
+    separate = (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)
+    weights = separate if weight is None else weight.chunk(3)
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    return [q for (q,) in map(heads, (query, key, value), weights, biases)]
 
-        if weight is not None and query is key and key is value:
-            return heads(query, weight, bias, count=3)
-        if weight is not None and key is value:
-            w_q, w_kv = weight.split((width, 2 * width))
-            b_q, b_kv = (None, None) if bias is None else bias.split((width, 2 * width))
-            return heads(query, w_q, b_q) + heads(key, w_kv, b_kv, count=2)
-        separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights = separate if weight is None else weight.chunk(3)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return [q for (q,) in map(heads, (query, key, value), weights, biases)]
 
-    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.bias_k is not None and self.bias_v is not None:
-            k, v = (
-                torch.cat((x, new.to(x).view(1, 1, *x.shape[2:]).expand(x.shape[0], -1, -1, -1)), 1)
-                for x, new in ((k, self.bias_k), (v, self.bias_v))
-            )
-        if self.add_zero_attn:
-            k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
-        return k, v
+def _append_keys(mha: nn.MultiheadAttention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if mha.bias_k is not None and mha.bias_v is not None:
+        k, v = (
+            torch.cat((x, new.to(x).view(1, 1, *x.shape[2:]).expand(x.shape[0], -1, -1, -1)), 1)
+            for x, new in ((k, mha.bias_k), (v, mha.bias_v))
+        )
+    if mha.add_zero_attn:
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+    return k, v
 
-    def _merge_masks(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What is bool, now True = attend, and what is float, each 4-D over (N, H, L, all keys)."""
-        given = []
-        if key_padding_mask is not None:
-            given.append(torch.atleast_2d(key_padding_mask)[:, None, None])
-        if attn_mask is not None:
-            heads = self.num_heads if attn_mask.dim() == 3 else 1
-            attn_mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
-            given.append(attn_mask.unflatten(0, (attn_mask.shape[0] // heads, heads)))
-        appended = (self.bias_k is not None) + self.add_zero_attn
-        shown = bias = None
-        for mask in map(_bool_if_possible, given):
-            mask = F.pad(mask, (0, appended)) if appended else mask
-            if mask.dtype == torch.bool:
-                shown = ~mask if shown is None else shown & ~mask
-            else:
-                bias = mask if bias is None else bias + mask
-        return shown, bias
+
+def _merge_masks(
+    mha: nn.MultiheadAttention, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is bool, now True = attend, and what is float, each 4-D over (N, H, L, all keys)."""
+    given = []
+    if key_padding_mask is not None:
+        given.append(torch.atleast_2d(key_padding_mask)[:, None, None])
+    if attn_mask is not None:
+        heads = mha.num_heads if attn_mask.dim() == 3 else 1
+        attn_mask = attn_mask if attn_mask.dim() == 3 else attn_mask[None]
+        given.append(attn_mask.unflatten(0, (attn_mask.shape[0] // heads, heads)))
+    appended = (mha.bias_k is not None) + mha.add_zero_attn
+    shown = bias = None
+    for mask in map(_bool_if_possible, given):
+        mask = F.pad(mask, (0, appended)) if appended else mask
+        if mask.dtype == torch.bool:
+            shown = ~mask if shown is None else shown & ~mask
+        else:
+            bias = mask if bias is None else bias + mask
+    return shown, bias
 
 
 def _bool_if_possible(mask: Tensor) -> Tensor:
