@@ -1,4 +1,4 @@
-"""`python -m tools.model_table`: rewrites docs/models.md's tables, of transformers the running one's.
+"""`python -m tools.model_table`: rewrites docs/models.md's tables, for transformers the running one's.
 
 Each of their rows is a family of models, a tiny one of which `mmkernels.replace` is asked about;
 nothing runs. The tests run the same models and count kernels, as they do for the other libraries,
