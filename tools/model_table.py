@@ -1,8 +1,8 @@
-"""`python -m tools.model_table`: rewrites docs/models.md's tables, for transformers the running one's.
+"""`python -m tools.model_table`: rewrites the tables of docs/models.md.
 
-Each of their rows is a family of models, a tiny one of which `mmkernels.replace` is asked about;
-nothing runs. The tests run the same models and count kernels, as they do for the other libraries,
-whose rows say what they expect.
+Those of transformers are of the running version, in which each row is a family of models, a tiny
+one of which `mmkernels.replace` is asked about; nothing runs. The tests run the same models and
+count kernels, as they do for the other libraries, whose rows say what they expect.
 """
 
 from mmkernels import replace
