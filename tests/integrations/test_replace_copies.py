@@ -89,6 +89,7 @@ READ = """
 import sys
 import torch
 assert "mmkernels" not in sys.modules
+torch.set_num_threads(1)  # as here: the sums are the same, to the bit
 {imports}
 pairs = torch.load(sys.argv[1], weights_only=False)
 

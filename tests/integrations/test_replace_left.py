@@ -261,6 +261,7 @@ def test_output_attentions_in_the_config(build):
         assert len(model(inputs(model)).attentions) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*output_attentions")  # transformers 4 warns before we raise
 @pytest.mark.parametrize("build", [llama, hf_vit])
 def test_output_attentions_in_a_call(build):
     model = build()
