@@ -35,7 +35,7 @@ _MAKERS: dict[Seam, Maker] = {
 }
 _HOW = {
     Seam.MULTIHEAD: "as mmkernels.modules.MultiheadAttention, with need_weights=False",
-    Seam.SDPA: "its scaled_dot_product_attention",
+    Seam.SDPA: "its calls of scaled_dot_product_attention",
     Seam.PATCHES: "patches by mmkernels.patch_embed",
 }
 
@@ -86,7 +86,7 @@ def restore(model: nn.Module) -> None:
 def replaced(model: nn.Module) -> Iterator[Report]:
     """`replace` for a block; at its end what it changed is changed back.
 
-    Blocks of several threads may overlap: the last one ends it.
+    Blocks of several threads with the same model may overlap: the last one ends it.
 
     Args:
         model: as for `replace`.
@@ -175,11 +175,11 @@ def _why_left(one: Found) -> str | None:
     if seam is Seam.MULTIHEAD and type(module) is not nn.MultiheadAttention:
         return "a subclass of torch.nn.MultiheadAttention, which may have code of its own"
     if seam is Seam.MULTIHEAD and not one.weights_declined:
-        return "called without need_weights=False, so it forms the attention weights"
+        return "not called with need_weights=False, so it forms the attention weights"
     if seam is Seam.NONE:
         return "computes softmax(q k^T) v itself, and calls no attention function"
-    if getattr(module, "fused_attn", True) is False:
-        return "its fused_attn is False, so it calls no attention function"
+    if seam is Seam.SDPA and (setting := structure.bypassed(one)):
+        return f"its {setting}, so it calls no attention function"
     if elsewhere := structure.dispatched_elsewhere(one):
         return f"diffusers runs it on its attention backend {elsewhere!r}, not on 'native'"
     if seam is Seam.SDPA and one.implementation == "eager":

@@ -17,16 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mmkernels.integrations.callsites import declines_weights, out_of_reach
 from mmkernels.integrations.forwards import original_class
 from mmkernels.modules.projection import CONVOLUTIONS, is_patch_convolution
 
+SDPA_FUNCTION = nn.functional.scaled_dot_product_attention
 SDPA = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
 # Of diffusers. It calls a function from a registry, where "native" is the one that calls torch's.
 DISPATCH = "dispatch_attention_fn"
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "@"})
 # A convolution over more channels than this reads features, not pixels, spectrograms or latents.
 PIXEL_CHANNELS = 16
-# Layers of torch that decline the weights of the attention in them.
+# Layers of torch that hold multi-head attention.
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # What a forward may name without computing attention in it: machinery around a model, and torch,
 # where the functions that are looked for stand.
@@ -48,16 +50,20 @@ class Code(NamedTuple):
 
     Attributes:
         names: of globals, attributes and methods; "@" for the operator.
-        strings: literals, and "need_weights" where a call declines the weights of attention.
+        strings: literals.
         parameters: of the forward itself.
+        keywords: of the calls in the forward itself.
+        functions: all of it.
     """
 
     names: frozenset[str]
     strings: frozenset[str]
     parameters: frozenset[str]
+    keywords: frozenset[str]
+    functions: tuple[FunctionType, ...]
 
 
-NO_CODE = Code(frozenset(), frozenset(), frozenset())
+NO_CODE = Code(frozenset(), frozenset(), frozenset(), frozenset(), ())
 
 
 class Found(NamedTuple):
@@ -69,8 +75,8 @@ class Found(NamedTuple):
         seam: where it can be reached.
         code: of its forward.
         config: its own, else that of the model of transformers around it; None: neither has one.
-        weights_declined: for a multi-head attention, whether what calls it names need_weights, and
-            not to have them. Those who call it by themselves may do so.
+        weights_declined: for a multi-head attention, whether what calls it says need_weights=False.
+            Those who call it by themselves may do so.
     """
 
     name: str
@@ -102,10 +108,10 @@ def search(model: nn.Module) -> Iterator[Found]:
         if seam is not None:
             configs = (getattr(one, "config", None) for one in (module, *reversed(around)))
             config = next((one for one in configs if hasattr(one, "_attn_implementation")), None)
-            declined = not around or any(
-                isinstance(one, _LAYERS) or "need_weights" in codes[id(one)].strings
-                for one in around
-            )
+            callers = [
+                function for one in around for function in codes.get(id(one), NO_CODE).functions
+            ]
+            declined = not around or declines_weights(name.rpartition(".")[2], callers)
             yield Found(name, module, seam, code, config, declined)
 
 
@@ -128,27 +134,45 @@ def read(module: nn.Module) -> Code:
     forward = inspect.unwrap(original_class(module).forward)
     if not isinstance(forward, FunctionType):
         return NO_CODE
-    pending, seen = [forward], set()
+    pending = [forward]
+    if isinstance(module, _LAYERS):  # torch's own code is not followed otherwise
+        blocks = ("_sa_block", "_mha_block")
+        pending += [getattr(type(module), name) for name in blocks if hasattr(module, name)]
+    functions: dict[FunctionType, None] = {}  # in the order of their discovery
     names: set[str] = set()
     strings: set[str] = set()
     while pending:
         function = pending.pop()
-        if function in seen or not _is_followed(function):
+        if function in functions:
             continue
-        seen.add(function)
+        if not _is_followed(function):
+            if isinstance(module, _LAYERS):
+                functions[function] = None
+            continue
+        functions[function] = None
         used: set[str] = set()
         for code in _codes(function.__code__):
             used.update(code.co_names)
             strings.update(x for x in code.co_consts if isinstance(x, str))
-            if _declines_weights(code):
-                strings.add("need_weights")
             if any(_is_product(step) for step in dis.get_instructions(code)):
                 names.add("@")
+        for holder in (function.__globals__, module.__dict__):
+            if any(holder.get(name) is SDPA_FUNCTION for name in used):
+                names.add("scaled_dot_product_attention")  # whatever it is called there
         names |= used
         pending += _called(module, function, used)
+    keywords = {
+        name
+        for code in _codes(forward.__code__)
+        for constant in code.co_consts
+        if isinstance(constant, tuple)
+        for name in constant
+        if isinstance(name, str)
+    }
     return Code(
-        frozenset(names), frozenset(strings), frozenset(inspect.signature(forward).parameters)
-    )
+        frozenset(names), frozenset(strings), frozenset(inspect.signature(forward).parameters),
+        frozenset(keywords), tuple(functions),
+    )  # fmt: skip
 
 
 def attention_seam(module: nn.Module, code: Code) -> Seam | None:
@@ -160,8 +184,17 @@ def attention_seam(module: nn.Module, code: Code) -> Seam | None:
     if DISPATCH in code.names or not SDPA.isdisjoint(code.names):
         return Seam.SDPA
     # A router of experts has a softmax and products, too, but takes the best few.
-    by_hand = "softmax" in code.names and not PRODUCTS.isdisjoint(code.names)
-    return Seam.NONE if by_hand and "topk" not in code.names else None
+    names = {name.lower() for name in code.names}
+    by_hand = "softmax" in names and not PRODUCTS.isdisjoint(names)
+    return Seam.NONE if by_hand and "topk" not in names else None
+
+
+def bypassed(one: Found) -> str | None:
+    """The setting for which a module takes another branch than that with torch's function."""
+    kind = original_class(one.module)
+    methods = [x for x in one.code.functions if getattr(kind, x.__name__, None) is not None]
+    own = [x for x in methods if inspect.unwrap(getattr(kind, x.__name__)) is x]
+    return out_of_reach(one.module, own, SDPA)
 
 
 def dispatched_elsewhere(one: Found) -> str | None:
@@ -205,6 +238,7 @@ def reads_pixels(module: nn.Module) -> bool:
         isinstance(module, CONVOLUTIONS)
         and module.in_channels <= PIXEL_CHANNELS
         and math.prod(module.stride) > 1
+        and math.prod(module.kernel_size) > 1
     )
 
 
@@ -240,14 +274,6 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _declines_weights(code: CodeType) -> bool:
-    """Whether a call passes need_weights, as False or as somebody else has decided."""
-    keywords = (x for x in code.co_consts if isinstance(x, tuple))
-    return any("need_weights" in names for names in keywords) and (
-        any(x is False for x in code.co_consts) or "need_weights" in code.co_varnames
-    )
-
-
 def _is_product(step: dis.Instruction) -> bool:
     return step.opname == "BINARY_MATRIX_MULTIPLY" or (
         step.opname == "BINARY_OP" and step.argrepr in ("@", "@=")
@@ -260,8 +286,9 @@ def _called(module: nn.Module, function: FunctionType, names: set[str]) -> list[
     for name in names:
         method = inspect.getattr_static(original_class(module), name, None)
         found.append(method.__func__ if isinstance(method, (staticmethod, classmethod)) else method)
-        # A plain object that is called, such as an attention processor.
-        found.append(type(module.__dict__.get(name)).__dict__.get("__call__"))
+        # A function, or a plain object that is called, such as an attention processor.
+        held = module.__dict__.get(name)
+        found += [held, type(held).__dict__.get("__call__")]
         found.append(function.__globals__.get(name))
     return [inspect.unwrap(x) for x in found if isinstance(inspect.unwrap(x), FunctionType)]
 

@@ -12,29 +12,34 @@ from mmkernels.integrations.structure import Found, Seam, splits_by_cu_seqlens, 
 # The attribute in which such a module keeps the setting that it had.
 PREVIOUS = "_mmkernels_previous"
 
-# The implementations that a config may have been switched to; the last one in transformers 4.
-SWITCHED = ("mmkernels", "mmkernels_flash", "flash_attention_2")
+# With these a model tells its attention that it is sparse, or has sinks made from the data.
+UNSERVED = {"indices", "block_indices", "sinks"}
 
 
 class Previous(NamedTuple):
-    """The setting that a module had, in its attribute `PREVIOUS`.
+    """What a module remembers in its attribute `PREVIOUS`.
 
-    Where it is unpickled, the implementation that it gave way to is made known.
+    Where it is unpickled, the implementation that is written is made known.
+
+    Attributes:
+        setting: what there was.
+        written: what `replace` wrote in its place.
     """
 
     setting: Any
+    written: Any
 
     def __reduce__(self) -> tuple:
         """What makes it again."""
-        return _unpickled, (self.setting,)
+        return _unpickled, (self.setting, self.written)
 
 
-def _unpickled(setting: Any) -> Previous:
-    if isinstance(setting, str):
+def _unpickled(setting: Any, written: Any) -> Previous:
+    if isinstance(written, str):
         from mmkernels.integrations import transformers as ours
 
         ours.varlen_implementation()  # registers its name, too
-    return Previous(setting)
+    return Previous(setting, written)
 
 
 # In evaluation these run attention and all around it in one function of torch that bypasses their
@@ -51,7 +56,7 @@ def switch_fast_path(module: nn.Module) -> None:
         if not isinstance(module, kind) or PREVIOUS in module.__dict__:
             continue
         if hasattr(module, attribute) and any(isinstance(x, Changed) for x in module.modules()):
-            setattr(module, PREVIOUS, Previous(getattr(module, attribute)))
+            setattr(module, PREVIOUS, Previous(getattr(module, attribute), value))
             setattr(module, attribute, value)
 
 
@@ -80,9 +85,10 @@ def switch_interface(model: nn.Module, found: Sequence[Found]) -> dict[str, tupl
         why = f"needs transformers 4.57 or later: {error}"
         return {one.name: (False, why) for group in readers.values() for one in group}
     blockers = {id(one.config): type(one.module).__name__ for one in found if _blocks(one)}
+    owned = _configs(model)
     result = {}
     for key, group in readers.items():
-        config, why_left = group[0].config, _why_left(group, blockers.get(key))
+        config, why_left = group[0].config, _why_left(group, blockers.get(key), key in owned)
         varlen = all(splits_by_cu_seqlens(one.code) for one in group)
         if why_left is None:
             name = ours.varlen_implementation() if varlen else ours.NAME
@@ -93,10 +99,29 @@ def switch_interface(model: nn.Module, found: Sequence[Found]) -> dict[str, tupl
     return result
 
 
-def _why_left(group: Sequence[Found], blocker: str | None) -> str | None:
+def _configs(model: nn.Module) -> set[int]:
+    """The ids of the configs of all models of transformers in a model, and of those inside them."""
+    from transformers import PreTrainedModel
+
+    pending = [one.config for one in model.modules() if isinstance(one, PreTrainedModel)]
+    ids = set()
+    while pending:
+        config = pending.pop()
+        if config is not None and id(config) not in ids:
+            ids.add(id(config))
+            pending += [getattr(config, name, None) for name in config.sub_configs]
+    return ids
+
+
+def _why_left(group: Sequence[Found], blocker: str | None, owned: bool) -> str | None:
     config = group[0].config
-    if any(getattr(one.module, "config", None) is not config for one in group):
+    if config is None or any(getattr(one.module, "config", None) is not config for one in group):
         return "has no config of its own to be switched by"
+    if not owned:
+        return "its config is that of a model around this one, which would change; pass that model"
+    unserved = UNSERVED.intersection(*(one.code.keywords for one in group))
+    if unserved:
+        return f"passes {', '.join(sorted(unserved))} to its attention, which is not served"
     if blocker is not None:
         return f"shares its config with {blocker}, which computes attention itself"
     if getattr(config, "output_attentions", False):
@@ -132,12 +157,14 @@ def _switch_outer_models(
 
 def _switch(modules: Sequence[nn.Module], config: Any, name: str) -> None:
     """Makes `name` the implementation of a config, and the modules that read it remember."""
-    known = (module.__dict__[PREVIOUS].setting for module in modules if PREVIOUS in module.__dict__)
-    previous = next(known, config._attn_implementation)
+    current = config._attn_implementation
+    known = (module.__dict__[PREVIOUS] for module in modules if PREVIOUS in module.__dict__)
+    # What somebody has set since is what there was.
+    previous = next((one.setting for one in known if one.written == current), current)
     if previous == name and name.startswith("mmkernels"):  # so it was loaded
         return
     for module in modules:
-        setattr(module, PREVIOUS, Previous(previous))
+        setattr(module, PREVIOUS, Previous(previous, name))
     # The public setter would set the configs inside, too.
     config._attn_implementation_internal = name
 
@@ -146,11 +173,12 @@ def switch_back(module: nn.Module) -> None:
     """Undoes the above in one module, unless somebody has switched it again."""
     if PREVIOUS not in module.__dict__:
         return
-    previous = module.__dict__.pop(PREVIOUS).setting
+    previous, written = module.__dict__.pop(PREVIOUS)
     for kind, (attribute, _) in _FAST_PATHS.items():
         if isinstance(module, kind):
-            setattr(module, attribute, previous)
+            if getattr(module, attribute) == written:
+                setattr(module, attribute, previous)
             return
     config: Any = module.config
-    if config._attn_implementation in SWITCHED:
+    if config._attn_implementation == written:
         config._attn_implementation_internal = previous

@@ -37,7 +37,7 @@ HARMLESS = frozenset({
     "seq_idx",  # for state-space layers
     "deterministic",  # the backward is deterministic anyway
     "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits",
-    "num_items_in_batch",
+    "num_items_in_batch", "logits_to_keep",
 })  # fmt: skip
 
 
@@ -71,8 +71,9 @@ def attention_forward(
             without a key gives 0. Read once a forward, not by every layer.
         scaling: factor of the scores; None: D**-0.5.
         dropout: probability, applied in training only.
-        is_causal: None: the module's own, else True. Counts only without a mask and for Sq > 1, and
-            aligns the first query with the first key: the rest of a static cache is still empty.
+        is_causal: counts only without a mask and for Sq > 1, and aligns the first query with the
+            first key: the rest of a static cache is still empty. None: the module's own, else
+            False: a model that builds no mask hides nothing in its eager attention, either.
         softcap: scores become softcap * tanh(scores / softcap) before masking.
         s_aux: (Hq,). Attention sinks.
         position_bias: broadcasts to (B, Hq, Sq, Sk), added to the scaled scores.
@@ -93,8 +94,7 @@ def attention_forward(
         query = query.expand(key.shape[0], -1, -1, -1)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-
+        is_causal = getattr(module, "is_causal", False)
     mask: IntervalMask | Tensor | None = None
     bias = position_bias
     if attention_mask is not None:
@@ -149,26 +149,24 @@ def varlen_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`attention_forward` under `VARLEN_NAME`; arguments as there.
 
     Raises:
-        ValueError: as there; neither bounds nor a mask nor causality came: some models leave it to
-            flash attention to tell packed images apart by their position ids.
+        ValueError: as there; position ids came, and neither bounds nor a mask: some models leave it
+            to flash attention to tell packed images apart by them.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if cu_seq_lens_q is None and attention_mask is None and not causal:
+    if cu_seq_lens_q is None and attention_mask is None and position_ids is not None:
         raise ValueError(
-            f"{type(module).__name__} passes neither cu_seq_lens_q nor a mask to its attention; "
-            f'set config._attn_implementation = "{NAME}" for this model'
+            f"{type(module).__name__} passes position_ids and neither cu_seq_lens_q nor a mask to "
+            f'its attention; set config._attn_implementation = "{NAME}" for this model'
         )
     return attention_forward(
-        module, query, key, value, attention_mask,
-        is_causal=is_causal, cu_seq_lens_q=cu_seq_lens_q, **kwargs,
-    )  # fmt: skip
+        module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs
+    )
 
 
 def varlen_implementation() -> str:

@@ -64,7 +64,8 @@ def interval_mask(
         **kwargs: handed on to `sdpa_mask`.
 
     Returns:
-        None where `sdpa_mask` gives None: the attention function's own causal rule is enough.
+        None for one query where `sdpa_mask` gives None. For several that leaves it to the layer's
+        `is_causal` what None means, and not every model sets that as its eager attention has it.
         Otherwise a (B, 1, Sq, Sk) mask, True = attend: an `IntervalTensor`, or a bool tensor if the
         keys of some row are not contiguous.
     """
@@ -79,6 +80,8 @@ def interval_mask(
         rows, device = q_length, torch.device(device)
     else:
         rows, device = cache_position.shape[0], cache_position.device
+    if rows != 1:
+        common |= _NO_SKIP
 
     def evaluated(function: Callable, first: int = 0, last: int = rows, **skip: bool) -> Any:
         queries = (

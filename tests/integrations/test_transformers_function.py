@@ -17,7 +17,7 @@ def test_causal_without_a_mask_aligns_the_first_key(seqlen_q, seqlen_k):
     wanted = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, enable_gqa=True
     )
-    out, weights = attention_forward(torch.nn.Module(), q, k, v, None)
+    out, weights = attention_forward(torch.nn.Module(), q, k, v, None, is_causal=True)
     assert weights is None
     assert out.is_contiguous()
     torch.testing.assert_close(out, wanted.transpose(1, 2))
@@ -97,7 +97,7 @@ def test_position_bias_joins_any_mask():
     bias = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(13))
     lower = torch.ones(5, 5, dtype=torch.bool).tril()
     for mask, causal in (
-        (None, None),
+        (None, True),
         (lower[None, None], False),
         (torch.where(lower, 0.0, -torch.inf)[None, None], False),
     ):
@@ -117,7 +117,7 @@ def test_causal_rule(argument, attribute):
     if attribute is not None:
         layer.is_causal = attribute
     q, k, v = drawn()
-    causal = argument if argument is not None else attribute is not False
+    causal = bool(attribute if argument is None else argument)
     lower = torch.ones(5, 5, dtype=torch.bool).tril()
     out, _ = attention_forward(layer, q, k, v, None, is_causal=argument)
     torch.testing.assert_close(out, reference(q, k, v, lower if causal else None))

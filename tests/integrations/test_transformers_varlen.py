@@ -175,15 +175,16 @@ def test_names():
 
 
 def test_neither_bounds_nor_mask():
+    """One image alone; but position ids say that there may be more."""
     layer = torch.nn.Module()
-    layer.is_causal = False
     q, k, v = torch.randn(3, 1, 2, 6, 16)
-    with pytest.raises(ValueError, match="neither cu_seq_lens_q nor a mask"):
-        varlen_forward(layer, q, k, v, None)
-    causal, _ = varlen_forward(torch.nn.Module(), q, k, v, None)
-    torch.testing.assert_close(causal, ours.attention_forward(torch.nn.Module(), q, k, v, None)[0])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match="position_ids and neither cu_seq_lens_q nor a mask"):
+        varlen_forward(layer, q, k, v, None, position_ids=positions)
+    alone, _ = varlen_forward(layer, q, k, v, None)
+    torch.testing.assert_close(alone, ours.attention_forward(layer, q, k, v, None)[0])
     seen = torch.ones(1, 1, 6, 6, dtype=torch.bool)
-    varlen_forward(layer, q, k, v, seen)
+    varlen_forward(layer, q, k, v, seen, position_ids=positions)
 
 
 def test_bounds_of_queries_and_keys_may_differ():
