@@ -119,7 +119,7 @@ def _why_left(group: Sequence[Found], blocker: str | None, owned: bool) -> str |
         return "has no config of its own to be switched by"
     if not owned:
         return "its config is that of a model around this one, which would change; pass that model"
-    unserved = UNSERVED.intersection(*(one.code.keywords for one in group))
+    unserved = {name for one in group for name in UNSERVED & one.code.keywords}
     if unserved:
         return f"passes {', '.join(sorted(unserved))} to its attention, which is not served"
     if blocker is not None:
