@@ -132,6 +132,17 @@ def test_each_call_of_multi_head_attention_counts(kind):
     assert claims_and_runs(kind(), X) == (1, 1, 1)
 
 
+class CalledTwice(Callers):
+    def forward(self, x):
+        x, _ = self.first(x, x, x, need_weights=False)
+        x, _ = self.first(x, x, x)
+        return self.second(x, x, x, need_weights=False)[0]
+
+
+def test_all_calls_of_one_attention_must_decline():
+    assert claims_and_runs(CalledTwice(), X) == (1, 1, 1)
+
+
 class ListOfThem(nn.Module):
     def __init__(self):
         super().__init__()
