@@ -5,6 +5,7 @@ The emulator is found through MMKERNELS_PTXSIM.
 
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -60,7 +61,11 @@ def ptxsim() -> Any:
 @functools.cache
 def launchers(name: str, arch: str = "sm_80") -> Any:
     """A source of csrc/attention, its launcher bound to the emulator."""
-    return ptxsim().build_host(CSRC / "attention" / f"{name}.cu", arch, include=[CSRC])
+    text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")))
+    # The emulator keeps what it built, by the command line and the sources beside this one.
+    stamp = f"SOURCES_{hashlib.sha256(text).hexdigest()[:16]}"
+    source = CSRC / "attention" / f"{name}.cu"
+    return ptxsim().build_host(source, arch, include=[CSRC], defines=[stamp])
 
 
 def on_device(x: Tensor) -> Tensor:

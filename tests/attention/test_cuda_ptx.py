@@ -157,3 +157,18 @@ def test_every_order_of_warps_gives_the_same_bits():
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_code_for_hopper(head_dim):
     check(qkv(SHAPE, head_dim), mm.masks.causal(*SHAPE[1:3]), arch="sm_90")
+
+
+# Bank conflicts of a launch's loads: the copy of out, whose rows are no whole number of 128 bytes.
+@pytest.mark.parametrize(("head_dim", "conflicts"), [(64, 0), (128, 0), (80, 768), (96, 512)])
+def test_nothing_is_moved_or_computed_twice(head_dim, conflicts):
+    size, row_tiles = 1024, 8
+    result = check(qkv((1, size, size, 1, 1), head_dim))
+    block_n = 64 if head_dim <= 80 else 48 if head_dim <= 96 else 32
+    keys = -(-size // block_n) * block_n
+    assert result["mma_flops"] == 4 * size * keys * head_dim
+    assert result["lds_conflict"] <= conflicts and result["sts_conflict"] == 0
+    row = head_dim * 2
+    assert result["cpasync_bytes"] == size * row * (1 + 2 * row_tiles)
+    assert result["gld_sectors"] <= 1.05 * result["cpasync_bytes"] / 32
+    assert result["gst_sectors"] == size * (row + 4) / 32
