@@ -4,12 +4,14 @@ The emulator is found through MMKERNELS_PTXSIM.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +67,10 @@ def launchers(name: str, arch: str = "sm_80") -> Any:
     # The emulator keeps what it built, by the command line and the sources beside this one.
     stamp = f"SOURCES_{hashlib.sha256(text).hexdigest()[:16]}"
     source = CSRC / "attention" / f"{name}.cu"
-    return ptxsim().build_host(source, arch, include=[CSRC], defines=[stamp])
+    lock = Path(tempfile.gettempdir()) / f"mmkernels_{name}_{arch}_{stamp}.lock"
+    with lock.open("w") as file:  # or another process loads what this one has half written
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return ptxsim().build_host(source, arch, include=[CSRC], defines=[stamp])
 
 
 def on_device(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Is the CUDA forward kernel right? Its launcher and PTX run in the emulator."""
 
+import itertools
 import math
 from typing import Any
 
@@ -172,3 +173,22 @@ def test_nothing_is_moved_or_computed_twice(head_dim, conflicts):
     assert result["cpasync_bytes"] == size * row * (1 + 2 * row_tiles)
     assert result["gld_sectors"] <= 1.05 * result["cpasync_bytes"] / 32
     assert result["gst_sectors"] == size * (row + 4) / 32
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mask"), list(itertools.product((64, 128), ("full", "causal")))
+)
+def test_loads_of_the_units_are_those_in_docs(head_dim, mask):
+    """docs/performance.md, "The CUDA kernel"."""
+    size = 1024
+    pairs = size * size if mask == "full" else size * (size + 1) // 2
+    built = None if mask == "full" else mm.masks.causal(size)
+    pipes = check(qkv((1, size, size, 1, 1), head_dim), built).pipes(4 * pairs * head_dim)
+    tensor = pipes["tensor cores (wgmma rate)"]
+    figures = [
+        pipes["useful share of MMA FLOPs"],
+        pipes["issue slots"] / tensor,
+        pipes["shared memory wavefronts"] / tensor,
+    ]
+    line = f"| {head_dim} | {mask} | " + " | ".join(f"{x:.2f}" for x in figures) + " |"
+    assert line in (cuda_harness.ROOT / "docs" / "performance.md").read_text().splitlines()
