@@ -21,9 +21,15 @@ README = ROOT / "README.md"
 # By device: the backends that its table leaves out, and why.
 LEFT_OUT = {
     "cpu": {
-        "triton": "`triton` serves CPU tensors in Triton's interpreter only, by name, for tests."
+        "triton": "`triton` serves CPU tensors in Triton's interpreter only, by name, for tests.",
+        "cuda": "`cuda` serves CUDA tensors only.",
     },
-    "cuda": {"cpu": "`cpu` serves CPU tensors only."},
+    "cuda": {
+        "cpu": "`cpu` serves CPU tensors only.",
+        "cuda": "`cuda` serves `attention` by name only, where the extension is built, in float16 "
+        "and bfloat16, with head dims of 64, 72, 80, 96 and 128, interval masks and softcap: it is "
+        "not yet measured on a GPU.",
+    },
 }
 
 
@@ -149,7 +155,7 @@ def matrix(device: str) -> str:
         if reasons:
             items = "\n".join(f"- {reason}" for reason in reasons)
             parts.append(f"Why `{name}` declines:\n\n{items}")
-    parts += LEFT_OUT[device].values()
+    parts.append(" ".join(LEFT_OUT[device].values()))
     return "\n\n".join(parts)
 
 

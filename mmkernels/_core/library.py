@@ -18,7 +18,7 @@ def load_error() -> str | None:
     if not candidates:
         return (
             f"the compiled extension is not built (no _C*.so in {package}); the other backends "
-            "serve every call without it"
+            "serve every call without it. With nvcc: pip install --no-build-isolation ."
         )
     try:
         torch.ops.load_library(str(candidates[0]))

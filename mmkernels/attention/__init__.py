@@ -2,6 +2,7 @@
 
 from mmkernels.attention import (  # noqa: F401 (each registers its backend)
     cpu,
+    cuda,
     decode,
     reference,
     triton_backend,

@@ -1,0 +1,151 @@
+"""The CUDA sources without a GPU: launchers run in the emulator of PTX, kernels compiled by nvcc.
+
+The emulator is found through MMKERNELS_PTXSIM.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mmkernels
+
+ROOT = Path(mmkernels.__file__).parent.parent
+CSRC = ROOT / "csrc"
+FLAGS = ("-std=c++17", "-O3", f"-I{CSRC}")
+SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+WIDTHS = {64: 64, 72: 80, 80: 80, 96: 96, 128: 128}  # head dim -> that of the kernel
+
+
+class Resources(NamedTuple):
+    """What a thread of a compiled kernel takes: registers, and bytes of stack and local memory."""
+
+    registers: int
+    stack: int
+    local: int
+
+
+def resources(source: Path, arch: str, folder: Path) -> list[Resources]:
+    """Of each kernel in a source that nvcc compiles for `arch`, as cuobjdump reports them."""
+    from triton.backends import nvidia
+
+    cubin = folder / f"{source.stem}.{arch}.cubin"
+    nvcc = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", source, "-o", cubin]
+    subprocess.run(nvcc, check=True, capture_output=True, text=True)
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    text = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    return [Resources(*map(int, numbers)) for numbers in found]
+
+
+@functools.cache
+def ptxsim() -> Any:
+    """The emulator."""
+    if (folder := os.environ["MMKERNELS_PTXSIM"]) not in sys.path:
+        sys.path.insert(0, folder)
+    import ptxsim
+
+    return ptxsim
+
+
+@functools.cache
+def launchers(name: str, arch: str = "sm_80") -> Any:
+    """A source of csrc/attention, its launcher bound to the emulator."""
+    text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")))
+    # The emulator keeps what it built, by the command line and the sources beside this one.
+    stamp = f"SOURCES_{hashlib.sha256(text).hexdigest()[:16]}"
+    source = CSRC / "attention" / f"{name}.cu"
+    lock = Path(tempfile.gettempdir()) / f"mmkernels_{name}_{arch}_{stamp}.lock"
+    with lock.open("w") as file:  # or another process loads what this one has half written
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return ptxsim().build_host(source, arch, include=[CSRC], defines=[stamp])
+
+
+def on_device(x: Tensor) -> Tensor:
+    """A contiguous copy placed as on a GPU: aligned, and what lies around it may not be read."""
+    return ptxsim().aligned(x)
+
+
+class AttentionForward(ctypes.Structure):
+    """The struct of csrc/attention/forward.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "start", "end", "out", "lse")),
+        *(
+            (f"stride_{name}", ctypes.c_int64)
+            for name in (
+                *("qb", "qs", "qh", "kb", "ks", "kh", "vb", "vs", "vh"),
+                *("start_b", "start_s", "end_b", "end_s"),
+            )
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("batch", "seqlen_q", "seqlen_k", "heads", "kv_heads", "head_dim")
+        ),
+        ("softmax_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    *,
+    arch: str = "sm_80",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Any]:
+    """out, lse, and what the emulator counted; raises on whatever it found.
+
+    Tensors lie where `on_device` or views of it put them.
+    """
+    batch, seqlen_q, heads, head_dim = q.shape
+    nan = float("nan")
+    out = on_device(torch.full((batch, seqlen_q, heads, head_dim), nan, dtype=q.dtype))
+    lse = on_device(torch.full((batch, heads, seqlen_q), nan))
+    p = AttentionForward(
+        batch=batch, seqlen_q=seqlen_q, seqlen_k=k.shape[1], heads=heads, kv_heads=k.shape[2],
+        head_dim=head_dim, softcap=softcap,
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+    )  # fmt: skip
+    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+    if start is not None and end is not None:
+        tensors |= {"start": start, "end": end}
+    for name, x in tensors.items():
+        setattr(p, name, x.data_ptr())
+        dims = "bs" if name in ("start", "end") else "bsh" if name in "qkv" else ""
+        separator = "_" if len(name) > 1 else ""
+        for dim, letter in enumerate(dims):
+            stride = 0 if len(dims) == 2 and x.shape[dim] == 1 else x.stride(dim)
+            setattr(p, f"stride_{name}{separator}{letter}", stride)
+    name = f"{WIDTHS[head_dim]}_{SHORT[q.dtype]}"
+    library = launchers(f"forward_{name}", arch)
+    status, results = library.run(
+        f"mmkernels_attention_forward_{name}",
+        ctypes.byref(p),
+        None,
+        buffers=list(tensors.values()),
+        check="report",
+        seed=seed,
+    )
+    assert status == 0, f"the launcher returned {status}"
+    (result,) = results or [None]
+    if result is not None and result.issues:
+        raise AssertionError("\n".join(issue["message"] for issue in result.issues))
+    return out, lse, result
