@@ -4,6 +4,8 @@ The extension registers its launcher as an op of its own, `torch.ops.mmkernels_c
 when a call first asks whether it could serve. The backward pass of a call by name is Triton's.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -51,12 +53,17 @@ def _device_why_not(q: Tensor) -> str | None:
         return "this torch is built for ROCm; the CUDA kernels run on NVIDIA GPUs"
     if (reason := library.load_error()) is not None:
         return reason
+    return _instance_why_not(q.device.index, q.dtype, q.shape[3])
+
+
+@functools.cache  # every call of `auto` asks
+def _instance_why_not(device: int | None, dtype: torch.dtype, head_dim: int) -> str | None:
     if torch.cuda.is_available():  # fake tensors say "cuda" on machines without a GPU, too
-        major, minor = torch.cuda.get_device_capability(q.device)
+        major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < MIN_CAPABILITY:
             return f"the GPU has compute capability {major}.{minor}; the CUDA kernels need 8.0"
-    if not torch.ops.mmkernels_cuda.attention_forward_built(q.shape[3], q.dtype == torch.bfloat16):
-        return f"the extension was built without a kernel for {q.dtype} and head dim {q.shape[3]}"
+    if not torch.ops.mmkernels_cuda.attention_forward_built(head_dim, dtype == torch.bfloat16):
+        return f"the extension was built without a kernel for {dtype} and head dim {head_dim}"
     return None
 
 

@@ -51,8 +51,8 @@ def replace(model: nn.Module) -> Report:
     the report says why.
 
     Parameters, state_dict, hooks, wrappers (PEFT, DDP), autocast, checkpointing, `torch.compile`,
-    `copy.deepcopy` and pickling work as before. Doing it again changes nothing and reports the
-    same. Threads may run the model meanwhile.
+    `copy.deepcopy` and pickling work as before; docs/models.md tells the exceptions. Doing it again
+    changes nothing and reports the same. Threads may run the model meanwhile.
 
     Args:
         model: any module; all modules in it are looked at.

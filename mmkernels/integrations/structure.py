@@ -134,20 +134,18 @@ def read(module: nn.Module) -> Code:
     forward = inspect.unwrap(original_class(module).forward)
     if not isinstance(forward, FunctionType):
         return NO_CODE
-    pending = [forward]
-    if isinstance(module, _LAYERS):  # torch's own code is not followed otherwise
-        blocks = ("_sa_block", "_mha_block")
-        pending += [getattr(type(module), name) for name in blocks if hasattr(module, name)]
+    # Of torch's own code that is not followed, these call attention.
+    blocks = []
+    if isinstance(module, _LAYERS):
+        named = ("_sa_block", "_mha_block")
+        blocks = [getattr(type(module), name) for name in named if hasattr(module, name)]
+    pending = [forward, *blocks]
     functions: dict[FunctionType, None] = {}  # in the order of their discovery
     names: set[str] = set()
     strings: set[str] = set()
     while pending:
         function = pending.pop()
-        if function in functions:
-            continue
-        if not _is_followed(function):
-            if isinstance(module, _LAYERS):
-                functions[function] = None
+        if function in functions or not _is_followed(function):
             continue
         functions[function] = None
         used: set[str] = set()
@@ -171,7 +169,7 @@ def read(module: nn.Module) -> Code:
     }
     return Code(
         frozenset(names), frozenset(strings), frozenset(inspect.signature(forward).parameters),
-        frozenset(keywords), tuple(functions),
+        frozenset(keywords), tuple(dict.fromkeys((*functions, *blocks))),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.integrations.counting import kernel_calls
 from tests.integrations.libraries import numbers
 
 
@@ -93,6 +94,13 @@ EVERY = pytest.mark.parametrize("subject", SUBJECTS)
 
 def make(subject: str) -> nn.Module:
     return SUBJECTS[subject][0]()
+
+
+def run(model: nn.Module) -> tuple[Tensor, tuple[int, int]]:
+    """The output, and how many attentions and patch embeddings ran on kernels."""
+    with torch.no_grad(), kernel_calls() as calls:
+        out = output(model, inputs(model))
+    return out, (calls.attention, calls.patch_embed)
 
 
 def kernels(subject: str) -> tuple[int, int]:

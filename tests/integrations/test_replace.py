@@ -10,7 +10,6 @@ from torch import nn
 
 import mmkernels as mm
 from mmkernels.integrations.report import Report
-from tests.integrations.counting import kernel_calls
 from tests.integrations.subjects import (
     EVERY,
     Attend,
@@ -21,17 +20,11 @@ from tests.integrations.subjects import (
     make,
     mixed,
     output,
+    run,
 )
 
 ALL = (mm.replace, mm.restore, lambda model: mm.replaced(model).__enter__())
 NAMES = ("patches", "attend", "multihead", "layer.self_attn")
-
-
-def run(model):
-    """Output and kernels."""
-    with torch.no_grad(), kernel_calls() as calls:
-        out = output(model, inputs(model))
-    return out, (calls.attention, calls.patch_embed)
 
 
 def traces(model):

@@ -21,13 +21,8 @@ from tests.integrations.subjects import (
     make,
     mixed,
     output,
+    run,
 )
-
-
-def run(model):
-    with torch.no_grad(), kernel_calls() as calls:
-        out = output(model, inputs(model))
-    return out, (calls.attention, calls.patch_embed)
 
 
 def through_torch(model):

@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 from transformers import AttentionInterface  # noqa: E402
 
 from mmkernels.integrations import transformers as ours  # noqa: E402
+from mmkernels.integrations.switches import PREVIOUS, Previous  # noqa: E402
 from mmkernels.integrations.transformers import (  # noqa: E402
     VARLEN_NAME,
     varlen_forward,
@@ -112,7 +113,7 @@ def mark(model):
     """As `mmkernels.replace` does."""
     for module in model.modules():
         if "attention" in type(module).__name__.lower():
-            module._mmkernels_previous = "eager"
+            setattr(module, PREVIOUS, Previous("eager", varlen_implementation()))
 
 
 @pytest.fixture(autouse=True)
