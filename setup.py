@@ -22,7 +22,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 TARGET = (2, 11)  # oldest torch that the extension loads into
 ARCHITECTURES = "8.0;9.0+PTX"
-CI_INSTANCES = ("_64_bf16", "_128_bf16")
+CI_INSTANCES = r"_(64|128|14|16)_bf16$"
 CSRC = Path(__file__).parent / "csrc"
 
 
@@ -84,12 +84,13 @@ def extension() -> tuple[list, dict]:
 
     cpp_extension.CUDA_HOME = home  # None in a torch built without CUDA
     kernels = sorted(path.relative_to(CSRC.parent) for path in CSRC.glob("*/*.cu"))
+    ops = sorted(path.relative_to(CSRC.parent) for path in CSRC.glob("*/*.cpp"))
     if os.environ.get("MMKERNELS_INSTANCES", "all") == "ci":
-        kernels = [path for path in kernels if path.stem.endswith(CI_INSTANCES)]
+        kernels = [path for path in kernels if re.search(CI_INSTANCES, path.stem)]
     target = f"-DTORCH_TARGET_VERSION=0x{TARGET[0]:02x}{TARGET[1]:02x}000000000000"
     module = cpp_extension.CppExtension(
         "mmkernels._C",
-        ["csrc/ops.cpp", *map(str, kernels)],
+        ["csrc/ops.cpp", *map(str, ops), *map(str, kernels)],
         include_dirs=[str(CSRC), f"{home}/include"],
         library_dirs=[f"{home}/lib64"],
         extra_compile_args={

@@ -13,6 +13,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace mmkernels {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // x has these sizes; one of -1 is not looked at.
@@ -28,8 +29,7 @@ inline void check_sizes(const char* name, const Tensor& x, std::initializer_list
 }
 
 // x lies on `device` and holds `dtype`.
-inline void check_kind(const char* name, const Tensor& x, int32_t device,
-                       torch::headeronly::ScalarType dtype) {
+inline void check_kind(const char* name, const Tensor& x, int32_t device, ScalarType dtype) {
   STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name, " is not on CUDA device ", device);
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has another dtype than this op takes");
 }

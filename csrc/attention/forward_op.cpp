@@ -1,0 +1,87 @@
+// Attention's forward pass as an op: checks its tensors, fills the kernel's parameters and launches it.
+#include <climits>
+
+#include "check.h"
+#include "forward.h"
+#include "ops.h"
+
+namespace mmkernels {
+namespace {
+
+// Null if this build has no such instance.
+AttentionForwardLauncher* attention_forward_launcher(int64_t head_dim, bool bfloat16) {
+  switch (head_dim) {
+    case 64:
+      return bfloat16 ? mmkernels_attention_forward_64_bf16 : mmkernels_attention_forward_64_fp16;
+    case 72:
+    case 80:
+      return bfloat16 ? mmkernels_attention_forward_80_bf16 : mmkernels_attention_forward_80_fp16;
+    case 96:
+      return bfloat16 ? mmkernels_attention_forward_96_bf16 : mmkernels_attention_forward_96_fp16;
+    case 128:
+      return bfloat16 ? mmkernels_attention_forward_128_bf16 : mmkernels_attention_forward_128_fp16;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace
+
+bool attention_forward_built(int64_t head_dim, bool bfloat16) {
+  return attention_forward_launcher(head_dim, bfloat16) != nullptr;
+}
+
+void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& start,
+                       const std::optional<Tensor>& end, const Tensor& out, const Tensor& lse,
+                       double softmax_scale, double softcap) {
+  const int32_t device = q.get_device_index();
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "q must be float16 or bfloat16");
+  check_sizes("q", q, {-1, -1, -1, -1});
+  const int64_t batch = q.size(0), seqlen_q = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  check_sizes("k", k, {batch, -1, -1, head_dim});
+  const int64_t seqlen_k = k.size(1), kv_heads = k.size(2);
+  check_sizes("v", v, {batch, seqlen_k, kv_heads, head_dim});
+  check_sizes("out", out, {batch, seqlen_q, heads, head_dim});
+  check_sizes("lse", lse, {batch, heads, seqlen_q});
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q has ", heads, " heads, no multiple of k's ",
+                  kv_heads);
+  STD_TORCH_CHECK(seqlen_q < INT_MAX / 2 && seqlen_k < INT_MAX / 2, "a sequence is too long");
+  for (const auto& [name, x] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}}) {
+    check_kind(name, *x, device, dtype);
+    check_copyable(name, *x);
+  }
+  check_kind("lse", lse, device, ScalarType::Float);
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous(), "out and lse must be contiguous");
+
+  AttentionForward p = {};
+  STD_TORCH_CHECK(start.has_value() == end.has_value(), "start and end go together");
+  if (start.has_value()) {
+    for (const auto& [name, x] : {std::pair{"start", &*start}, {"end", &*end}}) {
+      check_kind(name, *x, device, ScalarType::Int);
+      check_sizes(name, *x, {x->size(0) == 1 ? 1 : batch, seqlen_q});
+    }
+    p.start = static_cast<const int32_t*>(start->data_ptr());
+    p.end = static_cast<const int32_t*>(end->data_ptr());
+    p.stride_start_b = start->size(0) == 1 ? 0 : start->stride(0);
+    p.stride_end_b = end->size(0) == 1 ? 0 : end->stride(0);
+    p.stride_start_s = start->stride(1);
+    p.stride_end_s = end->stride(1);
+  }
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.stride_qb = q.stride(0), p.stride_qs = q.stride(1), p.stride_qh = q.stride(2);
+  p.stride_kb = k.stride(0), p.stride_ks = k.stride(1), p.stride_kh = k.stride(2);
+  p.stride_vb = v.stride(0), p.stride_vs = v.stride(1), p.stride_vh = v.stride(2);
+  p.batch = int32_t(batch), p.seqlen_q = int32_t(seqlen_q), p.seqlen_k = int32_t(seqlen_k);
+  p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
+  p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
+
+  AttentionForwardLauncher* launch = attention_forward_launcher(head_dim, dtype == ScalarType::BFloat16);
+  STD_TORCH_CHECK(launch != nullptr, "this build has no kernel for a head dim of ", head_dim);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(launch(&p, current_stream(device)));
+}
+
+}  // namespace mmkernels
