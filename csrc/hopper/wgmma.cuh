@@ -19,8 +19,8 @@
 
 namespace mmkernels {
 
-// PTX ISA, "Matrix Descriptor": bits 0-13 address, 16-29 leading and 32-45 stride byte offset, all in units of
-// 16 bytes; 62-63 swizzle, 1 for 128 bytes.
+// PTX ISA, "Matrix Descriptor": bits 0-13 address, 16-29 leading and 32-45 stride byte offset, all in units
+// of 16 bytes; 62-63 swizzle, 1 for 128 bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
          uint64_t(1) << 62;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void pin(X (&x)[COUNT]) {
 enum class Major { K, MN };
 
 // In the text of an instruction, registers "%10, ..., %19" are D10(1); as operands they are F10(10).
-#define D10(T)                                                                                          \
+#define D10(T) \
   "%" #T "0, %" #T "1, %" #T "2, %" #T "3, %" #T "4, %" #T "5, %" #T "6, %" #T "7, %" #T "8, %" #T "9"
 #define F2(I) "+f"(d[I]), "+f"(d[I + 1])
 #define F10(I) F2(I), F2(I + 2), F2(I + 4), F2(I + 6), F2(I + 8)
@@ -83,51 +83,49 @@ enum class Major { K, MN };
 #define F90 F60, F10(60), F10(70), F10(80)
 
 // "wgmma.mma_async": d = a b, or d += a b if `add`, in float32. A is a descriptor, K-major, or a fragment.
-#define MMKERNELS_WGMMA_TEXT(N, TYPE, D, A, B, ADD, REST)                                               \
-  "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                                  \
-  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" D "}, " A ", " B                 \
-  ", add, 1, 1, " REST ";\n}\n"
+#define MMKERNELS_WGMMA_TEXT(N, TYPE, D, A, B, ADD, REST)                                                    \
+  "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                                \
+  ", 0;\n"                                                                                                   \
+  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" D "}, " A ", " B ", add, 1, 1, " REST \
+  ";\n}\n"
 
 // P0 to P6: the places of the operands after d.
-#define MMKERNELS_WGMMA(N, D, P0, P1, P2, P3, P4, P5, P6, ...)                                       \
-  template <typename T, Major B>                                                                       \
-  __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {         \
-    if constexpr (std::is_same_v<T, __half>)                                                           \
-      asm volatile(MMKERNELS_WGMMA_TEXT(N, "f16", D, P0, P1, P2, "0, " P3)                             \
-                   : __VA_ARGS__ \
-                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(B)));                                      \
-    else                                                                                               \
-      asm volatile(MMKERNELS_WGMMA_TEXT(N, "bf16", D, P0, P1, P2, "0, " P3)                            \
-                   : __VA_ARGS__ \
-                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(B)));                                      \
-  }                                                                                                    \
-  template <typename T, Major B>                                                                       \
-  __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,         \
-                                        bool add) {                                                    \
-    if constexpr (std::is_same_v<T, __half>)                                                           \
-      asm volatile(                                                                                    \
-          MMKERNELS_WGMMA_TEXT(N, "f16", D, "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6)            \
-          : __VA_ARGS__ \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));           \
-    else                                                                                               \
-      asm volatile(                                                                                    \
-          MMKERNELS_WGMMA_TEXT(N, "bf16", D, "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6)           \
-          : __VA_ARGS__ \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));           \
+#define MMKERNELS_WGMMA(N, D, P0, P1, P2, P3, P4, P5, P6, ...)                                             \
+  template <typename T, Major B>                                                                           \
+  __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {             \
+    if constexpr (std::is_same_v<T, __half>)                                                               \
+      asm volatile(MMKERNELS_WGMMA_TEXT(N, "f16", D, P0, P1, P2, "0, " P3)                                 \
+                   : __VA_ARGS__                                                                           \
+                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(B)));                                          \
+    else                                                                                                   \
+      asm volatile(MMKERNELS_WGMMA_TEXT(N, "bf16", D, P0, P1, P2, "0, " P3)                                \
+                   : __VA_ARGS__                                                                           \
+                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(B)));                                          \
+  }                                                                                                        \
+  template <typename T, Major B>                                                                           \
+  __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    if constexpr (std::is_same_v<T, __half>)                                                               \
+      asm volatile(MMKERNELS_WGMMA_TEXT(N, "f16", D, "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6)       \
+                   : __VA_ARGS__                                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));      \
+    else                                                                                                   \
+      asm volatile(MMKERNELS_WGMMA_TEXT(N, "bf16", D, "{" P0 ", " P1 ", " P2 ", " P3 "}", P4, P5, P6)      \
+                   : __VA_ARGS__                                                                           \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B)));      \
   }
 
-MMKERNELS_WGMMA(64, D30 ", %30, %31", "%32", "%33", "%34", "%35", "%36", "%37", "%38",
-                F30, F2(30))
-MMKERNELS_WGMMA(80, D30 ", " D10(3), "%40", "%41", "%42", "%43", "%44", "%45", "%46",
-                F30, F10(30))
-MMKERNELS_WGMMA(96, D30 ", " D10(3) ", %40, %41, %42, %43, %44, %45, %46, %47", "%48", "%49", "%50", "%51", "%52", "%53", "%54",
-                F30, F10(30), F2(40), F2(42), F2(44), F2(46))
-MMKERNELS_WGMMA(128, D60 ", %60, %61, %62, %63", "%64", "%65", "%66", "%67", "%68", "%69", "%70",
-                F60, F2(60), F2(62))
+MMKERNELS_WGMMA(64, D30 ", %30, %31", "%32", "%33", "%34", "%35", "%36", "%37", "%38", F30, F2(30))
+MMKERNELS_WGMMA(80, D30 ", " D10(3), "%40", "%41", "%42", "%43", "%44", "%45", "%46", F30, F10(30))
+MMKERNELS_WGMMA(96, D30 ", " D10(3) ", %40, %41, %42, %43, %44, %45, %46, %47", "%48", "%49", "%50", "%51",
+                "%52", "%53", "%54", F30, F10(30), F2(40), F2(42), F2(44), F2(46))
+MMKERNELS_WGMMA(128, D60 ", %60, %61, %62, %63", "%64", "%65", "%66", "%67", "%68", "%69", "%70", F60, F2(60),
+                F2(62))
 MMKERNELS_WGMMA(192, D90 ", %90, %91, %92, %93, %94, %95", "%96", "%97", "%98", "%99", "%100", "%101", "%102",
                 F90, F2(90), F2(92), F2(94))
-MMKERNELS_WGMMA(256, D90 ", " D10(9) ", " D10(10) ", " D10(11) ", %120, %121, %122, %123, %124, %125, %126, %127", "%128", "%129", "%130", "%131", "%132", "%133", "%134",
-                F90, F10(90), F10(100), F10(110), F2(120), F2(122), F2(124), F2(126))
+MMKERNELS_WGMMA(256,
+                D90 ", " D10(9) ", " D10(10) ", " D10(11) ", %120, %121, %122, %123, %124, %125, %126, %127",
+                "%128", "%129", "%130", "%131", "%132", "%133", "%134", F90, F10(90), F10(100), F10(110),
+                F2(120), F2(122), F2(124), F2(126))
 
 #undef D10
 #undef D30
