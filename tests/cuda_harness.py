@@ -82,7 +82,10 @@ class AttentionForward(ctypes.Structure):
     """The struct of csrc/attention/forward.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "start", "end", "out", "lse")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "start", "end", "out", "lse", "redo")
+        ),
         *(
             (f"stride_{name}", ctypes.c_int64)
             for name in (
@@ -113,6 +116,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor, Any]:
     """out, lse, and what the emulator counted; raises on whatever it found.
 
+    sm_90a is the Hopper kernel, and behind it the portable one for the rows that it marked.
+
     Tensors lie where `on_device` or views of it put them.
     """
     batch, seqlen_q, heads, head_dim = q.shape
@@ -135,9 +140,31 @@ def attention_forward(
             stride = 0 if len(dims) == 2 and x.shape[dim] == 1 else x.stride(dim)
             setattr(p, f"stride_{name}{separator}{letter}", stride)
     name = f"{WIDTHS[head_dim]}_{SHORT[q.dtype]}"
-    library = launchers(f"forward_{name}", arch)
-    status, results = library.run(
-        f"mmkernels_attention_forward_{name}",
+    if arch != "sm_90a":
+        result = _launch(f"forward_{name}", f"forward_{name}", arch, p, tensors, seed)
+        return out, lse, result
+    if "start" in tensors:
+        tensors["redo"] = on_device(torch.full((batch, heads, -(-seqlen_q // 16)), -1).int())
+        p.redo = tensors["redo"].data_ptr()
+    hopper = f"forward_sm90_{name}"
+    result = _launch(f"hopper_forward_{name}", hopper, arch, p, tensors, seed)
+    if "redo" in tensors and tensors["redo"].any():
+        assert set(tensors["redo"].unique().tolist()) <= {0, 1}
+        _launch(f"forward_{name}", f"forward_{name}", "sm_90", p, tensors, seed)
+    return out, lse, result
+
+
+def _launch(
+    source: str,
+    launcher: str,
+    arch: str,
+    p: ctypes.Structure,
+    tensors: dict[str, Tensor],
+    seed: int,
+) -> Any:
+    """What the emulator counted of a launch, None if there was nothing to launch."""
+    status, results = launchers(source, arch).run(
+        f"mmkernels_attention_{launcher}",
         ctypes.byref(p),
         None,
         buffers=list(tensors.values()),
@@ -148,4 +175,4 @@ def attention_forward(
     (result,) = results or [None]
     if result is not None and result.issues:
         raise AssertionError("\n".join(issue["message"] for issue in result.issues))
-    return out, lse, result
+    return result

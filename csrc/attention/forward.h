@@ -12,6 +12,8 @@
 
 namespace mmkernels {
 
+constexpr int REDO_ROWS = 16;
+
 struct AttentionForward {
   const void* q;
   const void* k;
@@ -20,6 +22,10 @@ struct AttentionForward {
   const int32_t* end;
   void* out;
   float* lse;
+  // (B, Hq, ceil(Sq / REDO_ROWS)), or null: rows whose products a NaN or Inf in a value may have reached that
+  // they must not see. A Hopper kernel writes 0 or 1 if there are bounds; the portable one then computes such
+  // rows alone.
+  int32_t* redo;
   // In elements.
   int64_t stride_qb, stride_qs, stride_qh;
   int64_t stride_kb, stride_ks, stride_kh;
@@ -35,7 +41,8 @@ using AttentionForwardLauncher = cudaError_t(const AttentionForward*, cudaStream
 
 }  // namespace mmkernels
 
-// One launcher per padded head dim and dtype. Weak: null where the build left the instance out.
+// One launcher per padded head dim and dtype; those with sm90 run on compute capability 9.0 only, want keys,
+// and strides that are not 0 where the size is above 1. Weak: null where the build left the instance out.
 extern "C" {
 #define MMKERNELS_LAUNCHER(NAME) \
   __attribute__((weak, visibility("default"))) mmkernels::AttentionForwardLauncher NAME
@@ -47,5 +54,13 @@ MMKERNELS_LAUNCHER(mmkernels_attention_forward_96_fp16);
 MMKERNELS_LAUNCHER(mmkernels_attention_forward_96_bf16);
 MMKERNELS_LAUNCHER(mmkernels_attention_forward_128_fp16);
 MMKERNELS_LAUNCHER(mmkernels_attention_forward_128_bf16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_64_fp16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_64_bf16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_80_fp16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_80_bf16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_96_fp16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_96_bf16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_128_fp16);
+MMKERNELS_LAUNCHER(mmkernels_attention_forward_sm90_128_bf16);
 #undef MMKERNELS_LAUNCHER
 }

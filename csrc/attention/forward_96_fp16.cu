@@ -1,6 +1,6 @@
 #include "forward_kernel.cuh"
 
 cudaError_t mmkernels_attention_forward_96_fp16(const mmkernels::AttentionForward* params,
-                                              cudaStream_t stream) {
+                                                cudaStream_t stream) {
   return mmkernels::launch_attention_forward<__half, 96>(*params, stream);
 }

@@ -21,7 +21,6 @@
 // Source: Dao, "FlashAttention-2", ICLR 2024; Milakov and Gimelshein, 2018, for the running softmax.
 #pragma once
 
-#include <algorithm>
 #include <climits>
 
 #include "forward_tiles.cuh"
@@ -30,8 +29,7 @@ namespace mmkernels {
 
 // s += q k^T of this warp's rows.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void multiply_qk(Products<HEAD_DIM>& s,
-                                            Shared<T, HEAD_DIM>& shared) {
+__device__ __forceinline__ void multiply_qk(Products<HEAD_DIM>& s, Shared<T, HEAD_DIM>& shared) {
   constexpr int BYTES = sizeof(shared.k[0]);
   const int lane = threadIdx.x % 32;
   const uint32_t q = shared_address(&shared.q[threadIdx.x / 32 * ROW_TILES * 16 + lane % 16][lane / 16 * 8]);
@@ -131,8 +129,7 @@ __device__ __forceinline__ void finish_scores(Products<HEAD_DIM>& s, Shared<T, H
 
 // The running softmax: s becomes p; m, l and acc move on.
 template <int HEAD_DIM>
-__device__ __forceinline__ void softmax(State<HEAD_DIM>& state, Products<HEAD_DIM>& s,
-                                        float c) {
+__device__ __forceinline__ void softmax(State<HEAD_DIM>& state, Products<HEAD_DIM>& s, float c) {
 #pragma unroll
   for (int r = 0; r < ROW_TILES; ++r)
 #pragma unroll
@@ -167,9 +164,9 @@ __device__ __forceinline__ void softmax(State<HEAD_DIM>& state, Products<HEAD_DI
 // Walks tiles `first` to `last` of the block's; k of the first one is on its way, k of the tile after the
 // last one is sent for, if there is one.
 template <bool MASKED, typename T, int HEAD_DIM>
-__device__ __forceinline__ void walk(State<HEAD_DIM>& state, Shared<T, HEAD_DIM>& shared,
-                                     const Keys<T>& keys, const KeyTiles<HEAD_DIM>& tiles,
-                                     const Scores& scores, Mode mode, int first, int last) {
+__device__ __forceinline__ void walk(State<HEAD_DIM>& state, Shared<T, HEAD_DIM>& shared, const Keys<T>& keys,
+                                     const KeyTiles<HEAD_DIM>& tiles, const Scores& scores, Mode mode,
+                                     int first, int last) {
   for (int index = first; index < last; ++index) {
     const int n0 = tiles.first_key(index);
     copy_async_wait<0>();
@@ -279,6 +276,20 @@ __device__ __forceinline__ void store_not_finite(const State<HEAD_DIM>& state, c
         }
 }
 
+// Computed anew where it is needed again, not kept in registers.
+__device__ __forceinline__ Position position(const AttentionForward& p, int row_tiles, int wave) {
+  int block = blockIdx.x;
+  asm volatile("" : "+r"(block));
+  return Position(p, block, BLOCK_M, row_tiles, wave);
+}
+
+// Is one of this block's tiles of REDO_ROWS queries marked?
+__device__ __forceinline__ bool marked(const AttentionForward& p, Position at) {
+  const int tiles = (p.seqlen_q + REDO_ROWS - 1) / REDO_ROWS, tile = at.m0 / REDO_ROWS + threadIdx.x;
+  const bool mine = threadIdx.x < BLOCK_M / REDO_ROWS && tile < tiles;
+  return __syncthreads_or(mine && p.redo[(int64_t(at.b) * p.heads + at.h) * tiles + tile]);
+}
+
 // out and lse of BLOCK_M queries of one head.
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(THREADS)
@@ -286,7 +297,8 @@ __global__ void __launch_bounds__(THREADS)
                              int wave) {
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<T, HEAD_DIM>*>(memory);
-  const Position at(p, row_tiles, wave);
+  const Position at = position(p, row_tiles, wave);
+  if (p.redo != nullptr && !marked(p, at)) return;
   const int kv_h = at.h / (p.heads / p.kv_heads);
   const T* q = static_cast<const T*>(p.q) + at.b * p.stride_qb + at.h * p.stride_qh;
   const Keys<T> keys = {static_cast<const T*>(p.k) + at.b * p.stride_kb + kv_h * p.stride_kh,
@@ -304,12 +316,12 @@ __global__ void __launch_bounds__(THREADS)
   for (Mode mode = Mode::SOFTMAX;;) {
     const int begin = mode == Mode::SOFTMAX ? tiles.full : 0;
     walk<true>(state, shared, keys, tiles, scores, mode, begin, tiles.count);
-    if (mode == Mode::COUNT) return store_not_finite<T>(state, p, Position(p, row_tiles, wave));
+    if (mode == Mode::COUNT) return store_not_finite<T>(state, p, position(p, row_tiles, wave));
     const bool bad = mode == Mode::SOFTMAX && p.start != nullptr && not_finite(state, shared);
     if (__syncthreads_or(bad)) {
       mode = Mode::CLEAN;
     } else {
-      store(state, shared, p, scores.c, Position(p, row_tiles, wave));
+      store(state, shared, p, scores.c, position(p, row_tiles, wave));
       if (mode == Mode::SOFTMAX) return;
       mode = Mode::COUNT;
     }
@@ -324,21 +336,11 @@ cudaError_t launch_attention_forward(const AttentionForward& p, cudaStream_t str
   const int64_t heads = int64_t(p.batch) * p.heads, blocks = heads * row_tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  int device = 0, l2 = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device);
-  // Keys and values of the heads in flight take at most 0.6 of L2.
-  const int64_t bytes = int64_t(p.seqlen_k) * p.head_dim * 2 * sizeof(T);
-  const int64_t key_heads = std::max<int64_t>(l2 * int64_t(6) / 10 / std::max<int64_t>(bytes, 1), 1);
-  const int wave = int(std::min(key_heads * (p.heads / p.kv_heads), heads));
-  Scores scores = {p.softmax_scale * LOG2E, 0.0f, 0.0f};
-  if (p.softcap > 0.0f) scores = {1.0f, p.softmax_scale / p.softcap, p.softcap * LOG2E};
   auto kernel = attention_forward_kernel<T, HEAD_DIM>;
   constexpr int BYTES = sizeof(Shared<T, HEAD_DIM>);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
   if (error != cudaSuccess) return error;
-  kernel<<<int(blocks), THREADS, BYTES, stream>>>(p, scores, row_tiles, wave);
+  kernel<<<int(blocks), THREADS, BYTES, stream>>>(p, scores_of(p), row_tiles, wave_of(p, sizeof(T)));
   return cudaGetLastError();
 }
 

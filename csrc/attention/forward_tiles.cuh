@@ -3,9 +3,8 @@
 #pragma once
 
 #include <climits>
-#include <cmath>
 
-#include "forward.h"
+#include "forward_common.cuh"
 #include "ptx.cuh"
 
 namespace mmkernels {
@@ -16,9 +15,9 @@ constexpr int THREADS = 32 * WARPS;  // one for each query, where bounds are rea
 constexpr int ROW_TILES = BLOCK_M / WARPS / 16;
 // As many keys as leave registers for acc.
 template <int HEAD_DIM>
-constexpr int BLOCK_N = HEAD_DIM <= 80 ? 64 : HEAD_DIM <= 96 ? 48 : 32;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
+constexpr int BLOCK_N = HEAD_DIM <= 80   ? 64
+                        : HEAD_DIM <= 96 ? 48
+                                         : 32;
 
 // HEAD_DIM is a multiple of 16; what a head has less is 0.
 template <typename T, int HEAD_DIM>
@@ -31,18 +30,12 @@ struct Shared {
   int4 ranges[WARPS];
 };
 
-// What turns raw products into exponents of 2.
-struct Scores {
-  float c;
-  float inner, outer;  // outer * tanh(inner * s); outer is 0 without softcap
-};
-
 // The tiles of keys that a block walks; those that every row sees in full come first.
 template <int HEAD_DIM>
 struct KeyTiles {
-  int lo, hi;       // keys that some row sees
-  int left, full;   // tiles before the full ones; the full ones
-  int count;        // all
+  int lo, hi;      // keys that some row sees
+  int left, full;  // tiles before the full ones; the full ones
+  int count;       // all
 
   // The first key of the tile that is walked as number `index`.
   __device__ __forceinline__ int first_key(int index) const {
@@ -70,8 +63,6 @@ enum class Mode {
   COUNT,    // acc: for each dim how many of the keys that a row sees are not finite
 };
 
-__device__ __forceinline__ bool finite(float x) { return fabsf(x) < INFINITY; }
-
 // Row of the block that element `i` of fragment C of row tile `r` lies in.
 __device__ __forceinline__ int row_of(int r, int i) {
   return (threadIdx.x / 32 * ROW_TILES + r) * 16 + threadIdx.x % 32 / 4 + (i / 2) * 8;
@@ -98,36 +89,14 @@ __device__ __forceinline__ void load_tile(T (*tile)[HEAD_DIM + 8], const T* x, i
   }
 }
 
-// Of all heads `wave` run side by side, tile by tile, so that their keys stay in L2; of a causal mask the
-// last rows have the most work and come first.
-struct Position {
-  int b, h, m0;
-
-  __device__ __forceinline__ Position(const AttentionForward& p, int row_tiles, int wave) {
-    int block = blockIdx.x;
-    asm volatile("" : "+r"(block));  // computed anew where it is needed again, not kept in registers
-    const int first = block / (row_tiles * wave) * wave;
-    const int size = min(wave, p.batch * p.heads - first);
-    const int rest = block - first * row_tiles;
-    const int head = first + rest % size;
-    b = head / p.heads;
-    h = head % p.heads;
-    m0 = (row_tiles - 1 - rest / size) * BLOCK_M;
-  }
-};
-
 // Each row's bounds into shared memory, and the block's tiles from them. Ends with a barrier.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ KeyTiles<HEAD_DIM> key_tiles(Shared<T, HEAD_DIM>& shared,
                                                         const AttentionForward& p, int b, int m0) {
-  const int row = m0 + threadIdx.x;
-  int start = 0, end = row < p.seqlen_q ? p.seqlen_k : 0;
-  if (p.start != nullptr && row < p.seqlen_q) {
-    start = max(p.start[b * p.stride_start_b + row * p.stride_start_s], 0);
-    end = min(p.end[b * p.stride_end_b + row * p.stride_end_s], p.seqlen_k);
-  }
+  const int2 bounds = row_bounds(p, b, m0 + threadIdx.x);
+  const int start = bounds.x, end = bounds.y;
   const bool empty = start >= end;
-  shared.bounds[threadIdx.x] = empty ? make_int2(0, 0) : make_int2(start, end);
+  shared.bounds[threadIdx.x] = bounds;
   int4 range;  // keys that some row sees, and that all rows but those without a key see
   range.x = __reduce_min_sync(~0u, empty ? INT_MAX : start);
   range.y = __reduce_max_sync(~0u, empty ? 0 : end);
@@ -139,8 +108,8 @@ __device__ __forceinline__ KeyTiles<HEAD_DIM> key_tiles(Shared<T, HEAD_DIM>& sha
 #pragma unroll
   for (int warp = 1; warp < WARPS; ++warp) {
     const int4 other = shared.ranges[warp];
-    range = make_int4(min(range.x, other.x), max(range.y, other.y), max(range.z, other.z),
-                      min(range.w, other.w));
+    range =
+        make_int4(min(range.x, other.x), max(range.y, other.y), max(range.z, other.z), min(range.w, other.w));
   }
   KeyTiles<HEAD_DIM> tiles;
   tiles.lo = min(range.x, range.y);  // of rows without any key the empty range at 0
@@ -165,7 +134,7 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void load_keys(Shared<T, HEAD_DIM>& shared, const Keys<T>& keys,
                                           const KeyTiles<HEAD_DIM>& tiles, int index) {
   load_tile<HEAD_DIM, BLOCK_N<HEAD_DIM>>(shared.k, keys.k, keys.stride_ks, tiles.first_key(index), tiles.hi,
-                               keys.head_dim);
+                                         keys.head_dim);
   copy_async_commit();
 }
 

@@ -1,0 +1,6 @@
+#include "hopper_forward_kernel.cuh"
+
+cudaError_t mmkernels_attention_forward_sm90_80_bf16(const mmkernels::AttentionForward* params,
+                                                     cudaStream_t stream) {
+  return mmkernels::hopper::launch_attention_forward<__nv_bfloat16, 80>(*params, stream);
+}

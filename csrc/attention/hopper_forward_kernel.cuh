@@ -1,0 +1,393 @@
+// Attention's forward pass on wgmma and TMA, compute capability 9.0: the mathematics of forward_kernel.cuh.
+//
+// A block stays, and takes tile after tile of queries. One warp sends for q, k and v through rings of shared
+// memory; each consumer warpgroup multiplies 64 rows of q by all keys that the tile walks:
+//
+//   s(j) = q k(j)^T                begins before the products that follow
+//   acc += p(j - 1) v(j - 1)       p from registers, runs under the softmax of s(j)
+//   m, l, alpha, p(j) of s(j);     acc *= alpha once the product is done
+//
+// The warpgroups take turns in issuing these products, so that the tensor cores have one's while another
+// exponentiates. A warpgroup passes over keys that none of its rows sees, and masks only tiles that some of
+// them do not see in full.
+//
+// A NaN or Inf in a value is multiplied by the 0 of a row that may not see it. It shows in acc: such rows are
+// marked in p.redo, and the portable kernel, launched behind this one, computes them again.
+//
+// Source: Shah et al., "FlashAttention-3", NeurIPS 2024, for the warpgroups' turns and the order of products.
+#pragma once
+
+#include "hopper_forward_tiles.cuh"
+
+namespace mmkernels::hopper {
+
+// The softmax of a warpgroup's thread: rows lane / 4 and lane / 4 + 8 of its warp's.
+template <int HEAD_DIM>
+struct State {
+  float acc[HEAD_DIM / 2];  // fragment D
+  float m[2];
+  float l[2];  // this lane's share
+};
+
+// One arrival of each warp, whose lanes have all come so far.
+__device__ __forceinline__ void release(uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+// The producer's one thread: boxes of k or v for tile after tile.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_tile(T (*tile)[Tiles<HEAD_DIM>::BLOCK_N][COLUMNS],
+                                          const CUtensorMap& map, uint64_t& full, uint64_t& empty,
+                                          uint32_t parity, int n0, int kv_h, int b) {
+  using S = Tiles<HEAD_DIM>;
+  barrier_wait(empty, parity ^ 1);
+  barrier_arrive_expect(full, S::COLUMN_TILES * sizeof(*tile));
+#pragma unroll
+  for (int c = 0; c < S::COLUMN_TILES; ++c) tma_load(tile[c], map, full, c * COLUMNS, n0, kv_h, b);
+}
+
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void produce(Shared<T, HEAD_DIM>& shared, const AttentionForward& p,
+                                        const Maps& maps, const Order& order) {
+  using S = Tiles<HEAD_DIM>;
+  Ring<S::STAGES> ring;
+  Ring<1> q_ring;
+  Ring<WORK_SLOTS> slots;
+  for (int index = blockIdx.x; index < order.total; index += gridDim.x) {
+    Work<HEAD_DIM>& work = shared.work[slots.stage];
+    find_work(work, p, order, index);
+    if (threadIdx.x == 0) {
+      const int b = work.b, h = work.h, kv_h = h / (p.heads / p.kv_heads);
+      barrier_wait(shared.q_empty, q_ring.parity ^ 1);
+      barrier_arrive_expect(shared.q_full, sizeof(shared.q));
+#pragma unroll
+      for (int c = 0; c < S::COLUMN_TILES; ++c)
+        tma_load(shared.q[c], maps.q, shared.q_full, c * COLUMNS, work.m0, h, b);
+      int n0 = work.lo;
+      for (int j = work.count; j > 0; --j) {
+        const int i = ring.stage;
+        load_tile<T, HEAD_DIM>(shared.k[i], maps.k, shared.k_full[i], shared.k_empty[i], ring.parity, n0,
+                               kv_h, b);
+        load_tile<T, HEAD_DIM>(shared.v[i], maps.v, shared.v_full[i], shared.v_empty[i], ring.parity, n0,
+                               kv_h, b);
+        ring.advance();
+        n0 += S::BLOCK_N;
+      }
+    }
+    __syncwarp();
+    q_ring.advance();
+    slots.advance();
+  }
+}
+
+// A consumer warpgroup, from tile of queries to tile of queries.
+template <typename T, int HEAD_DIM>
+struct Consumer {
+  using S = Tiles<HEAD_DIM>;
+  using Scored = float[S::BLOCK_N / 2];                // fragment D of s, then of p
+  using Probabilities = uint32_t[S::BLOCK_N / 16][4];  // fragments A
+
+  Shared<T, HEAD_DIM>& shared;
+  const Scores scores;
+  const int group = threadIdx.x / WARPGROUP - 1;
+  Ring<S::STAGES> k_ring, v_ring;
+  Ring<1> q_ring;
+  Ring<WORK_SLOTS> slots;
+
+  // Named barriers: one for each warpgroup's turn, and one for its own warps.
+  __device__ __forceinline__ void take_turn() { named_barrier_sync(1 + group, 2 * WARPGROUP); }
+  __device__ __forceinline__ void pass_turn() {
+    named_barrier_arrive(1 + (group + 1) % S::CONSUMERS, 2 * WARPGROUP);
+  }
+  __device__ __forceinline__ void sync_group() { named_barrier_sync(1 + S::CONSUMERS + group, WARPGROUP); }
+
+  // s = q k^T, as a group of its own.
+  __device__ __forceinline__ void multiply_qk(Scored& s) {
+    const uint64_t q = k_major(shared_address(shared.q[0][group * WARPGROUP_ROWS]));
+    const uint64_t k = k_major(shared_address(shared.k[k_ring.stage]));
+    wgmma_fence();
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM; d += 16) {
+      const int column = d % COLUMNS * sizeof(T), tile = d / COLUMNS;
+      wgmma<T, Major::K>(s, advanced(q, tile * sizeof(shared.q[0]) + column),
+                         advanced(k, tile * sizeof(shared.k[0][0]) + column), d > 0);
+    }
+    wgmma_commit();
+  }
+
+  // acc += p v, as a group of its own.
+  __device__ __forceinline__ void multiply_pv(State<HEAD_DIM>& state, const Probabilities& p) {
+    const uint64_t v = mn_major(shared_address(shared.v[v_ring.stage]), sizeof(shared.v[0][0]));
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < S::BLOCK_N; n += 16)
+      wgmma<T, Major::MN>(state.acc, p[n / 16], advanced(v, n * COLUMNS * sizeof(T)), true);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ const Work<HEAD_DIM>& work() const { return shared.work[slots.stage]; }
+  __device__ __forceinline__ const KeyRange& range() const { return work().ranges[group]; }
+
+  // The warpgroup's row, and its keys, that elements 2 * half and 2 * half + 1 of a fragment D lie in.
+  __device__ __forceinline__ int row_of(int half) const {
+    return group * WARPGROUP_ROWS + threadIdx.x % WARPGROUP / 32 * 16 + half * 8 + threadIdx.x % 32 / 4;
+  }
+  __device__ __forceinline__ int2 bounds_of(int half) const { return work().bounds[row_of(half)]; }
+
+  // Scores from raw products: softcap, and -inf where a row does not see the key.
+  __device__ __forceinline__ void finish_scores(Scored& s, int n0) {
+    if (scores.outer > 0.0f) {
+#pragma unroll
+      for (float& x : s)  // outer * tanh(inner * x); 2^x is inf or 0 beyond
+        x = scores.outer - __fdividef(2.0f * scores.outer, 1.0f + exp2_approx(x * scores.inner));
+    }
+    const int first = n0 + threadIdx.x % 4 * 2;
+    if (n0 + S::BLOCK_N > range().full_hi) {
+      const int end[2] = {bounds_of(0).y - first, bounds_of(1).y - first};
+#pragma unroll
+      for (int i = 0; i < S::BLOCK_N / 2; ++i)
+        if (i / 4 * 8 + i % 2 >= end[i / 2 % 2]) s[i] = -INFINITY;
+    }
+    if (n0 < range().full_lo) {
+      const int start[2] = {bounds_of(0).x - first, bounds_of(1).x - first};
+#pragma unroll
+      for (int i = 0; i < S::BLOCK_N / 2; ++i)
+        if (i / 4 * 8 + i % 2 < start[i / 2 % 2]) s[i] = -INFINITY;
+    }
+  }
+
+  // The running softmax: s becomes p; m and l move on. alpha is what acc has to be multiplied by.
+  __device__ __forceinline__ void softmax(State<HEAD_DIM>& state, Scored& s, float (&alpha)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& m = state.m[half];
+      float top = m;
+#pragma unroll
+      for (int i = 2 * half; i < S::BLOCK_N / 2; i += 4) top = fmaxf(top, fmaxf(s[i], s[i + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float pivot = (top == -INFINITY ? 0.0f : top) * scores.c;  // -inf - -inf is NaN
+      alpha[half] = exp2_approx(fmaf(m, scores.c, -pivot));
+      m = top;
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 2 * half; i < S::BLOCK_N / 2; i += 4) {
+        s[i] = exp2_approx(fmaf(s[i], scores.c, -pivot));
+        s[i + 1] = exp2_approx(fmaf(s[i + 1], scores.c, -pivot));
+        sum += s[i] + s[i + 1];
+      }
+      state.l[half] = fmaf(state.l[half], alpha[half], sum);
+    }
+  }
+
+  __device__ __forceinline__ void round(Probabilities& p, const Scored& s) {
+#pragma unroll
+    for (int i = 0; i < S::BLOCK_N / 4; ++i) p[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // Lets pass the tiles of keys up to `count`, which none of the rows sees.
+  __device__ __forceinline__ void pass_over(int count) {
+    for (int j = 0; j < count; ++j) {
+      take_turn();
+      pass_turn();
+      barrier_wait(shared.k_full[k_ring.stage], k_ring.parity);
+      release(shared.k_empty[k_ring.stage]);
+      k_ring.advance();
+      barrier_wait(shared.v_full[v_ring.stage], v_ring.parity);
+      release(shared.v_empty[v_ring.stage]);
+      v_ring.advance();
+    }
+  }
+
+  // Tiles `first` to `last` of keys into acc, m and l.
+  __device__ __forceinline__ void walk(State<HEAD_DIM>& state, int first, int last) {
+    Scored s;
+    Probabilities p;
+    float alpha[2];
+    for (int j = first; j < last; ++j) {
+      barrier_wait(shared.k_full[k_ring.stage], k_ring.parity);
+      take_turn();
+      multiply_qk(s);
+      if (j > first) {
+        barrier_wait(shared.v_full[v_ring.stage], v_ring.parity);
+        multiply_pv(state, p);
+        pass_turn();
+        wgmma_wait<1>();
+      } else {
+        pass_turn();
+        wgmma_wait<0>();
+      }
+      pin(s);
+      release(shared.k_empty[k_ring.stage]);
+      k_ring.advance();
+      finish_scores(s, work().lo + j * S::BLOCK_N);
+      softmax(state, s, alpha);
+      if (j > first) {
+        wgmma_wait<0>();
+        pin(state.acc);
+        release(shared.v_empty[v_ring.stage]);
+        v_ring.advance();
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; ++i) state.acc[i] *= alpha[i / 2 % 2];
+      }
+      round(p, s);
+    }
+    barrier_wait(shared.v_full[v_ring.stage], v_ring.parity);
+    multiply_pv(state, p);
+    wgmma_wait<0>();
+    pin(state.acc);
+    release(shared.v_empty[v_ring.stage]);
+    v_ring.advance();
+  }
+
+  // out and lse of this warpgroup's rows.
+  __device__ __forceinline__ void store(State<HEAD_DIM>& state, const AttentionForward& p, const Maps& maps) {
+    const int lane = threadIdx.x % 32, b = work().b, h = work().h, m0 = work().m0;
+    float factor[2];
+    bool bad = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = m0 + row_of(half);
+      const float m = state.m[half];
+      float l = state.l[half];
+      l += __shfl_xor_sync(~0u, l, 1);
+      l += __shfl_xor_sync(~0u, l, 2);
+      const bool empty = bounds_of(half).y == 0 || (l == 0.0f && m == -INFINITY);
+      factor[half] = l == 0.0f ? NAN : 1.0f / l;  // l is 0 only where scores are too large to add
+      if (empty) factor[half] = 0.0f;
+#pragma unroll
+      for (int i = 2 * half; i < HEAD_DIM / 2; i += 4) {
+        bad |= !empty && !(finite(state.acc[i]) && finite(state.acc[i + 1]));
+        state.acc[i] = empty ? 0.0f : state.acc[i] * factor[half];
+        state.acc[i + 1] = empty ? 0.0f : state.acc[i + 1] * factor[half];
+      }
+      if (lane % 4 == 0 && row < p.seqlen_q) {
+        const float lse = empty ? -INFINITY : (m * scores.c + log2f(l == 0.0f ? NAN : l)) * LN2;
+        p.lse[(int64_t(b) * p.heads + h) * p.seqlen_q + row] = lse;
+      }
+    }
+    if (p.redo != nullptr) {
+      bad = __any_sync(~0u, bad);
+      const int tiles = (p.seqlen_q + REDO_ROWS - 1) / REDO_ROWS, tile = (m0 + row_of(0)) / REDO_ROWS;
+      if (lane == 0 && tile < tiles) p.redo[(int64_t(b) * p.heads + h) * tiles + tile] = bad;
+    }
+
+    if (threadIdx.x % WARPGROUP == 0) tma_store_wait_read();
+    sync_group();  // the tile before has left
+    const int row = row_of(0) - lane / 4 + lane % 16;
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM; d += 16) {
+      const int word = (d % COLUMNS / 8 + lane / 16) ^ (row % 8);
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = pack<T>(state.acc[d / 2 + 2 * i], state.acc[d / 2 + 2 * i + 1]);
+      store_matrices(shared_address(&shared.out[d / COLUMNS][row][word * 8]), x);
+    }
+    fence_async_proxy();
+    sync_group();
+    if (threadIdx.x % WARPGROUP == 0) {
+#pragma unroll
+      for (int c = 0; c < S::COLUMN_TILES; ++c)
+        tma_store(maps.out, shared.out[c][group * WARPGROUP_ROWS], c * COLUMNS, m0 + group * WARPGROUP_ROWS,
+                  h, b);
+      tma_store_commit();
+    }
+  }
+
+  __device__ __forceinline__ void consume(const AttentionForward& p, const Maps& maps, const Order& order) {
+    if (group == S::CONSUMERS - 1) pass_turn();
+    for (int index = blockIdx.x; index < order.total; index += gridDim.x) {
+      barrier_wait(shared.q_full, q_ring.parity);
+      q_ring.advance();
+      State<HEAD_DIM> state;
+#pragma unroll
+      for (float& x : state.acc) x = 0.0f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        state.m[half] = -INFINITY;
+        state.l[half] = 0.0f;
+      }
+      int first = 0, last = 0;
+      if (range().hi > 0) {
+        first = (range().lo - work().lo) / S::BLOCK_N;
+        last = (range().hi - work().lo + S::BLOCK_N - 1) / S::BLOCK_N;
+        pass_over(first);
+        walk(state, first, last);
+      }
+      release(shared.q_empty);
+      store(state, p, maps);
+      pass_over(work().count - last);
+      slots.advance();
+    }
+    if (group == 0) take_turn();  // back, from the last warpgroup
+  }
+};
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(Tiles<HEAD_DIM>::THREADS)
+    attention_forward_kernel(const __grid_constant__ AttentionForward p, const __grid_constant__ Maps maps,
+                             Scores scores, Order order) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Tiles<HEAD_DIM>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared<T, HEAD_DIM>*>(memory);
+  if (threadIdx.x == 0) {
+    barrier_init(shared.q_full, 1);
+    barrier_init(shared.q_empty, 4 * S::CONSUMERS);
+    for (int i = 0; i < S::STAGES; ++i) {
+      barrier_init(shared.k_full[i], 1);
+      barrier_init(shared.v_full[i], 1);
+      barrier_init(shared.k_empty[i], 4 * S::CONSUMERS);
+      barrier_init(shared.v_empty[i], 4 * S::CONSUMERS);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x < WARPGROUP) {
+    give_registers<S::PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32) produce(shared, p, maps, order);
+  } else {
+    take_registers<S::CONSUMER_REGISTERS>();
+    Consumer<T, HEAD_DIM>{shared, scores}.consume(p, maps, order);
+  }
+#endif
+}
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_attention_forward(const AttentionForward& p, cudaStream_t stream) {
+  using S = Tiles<HEAD_DIM>;
+  const int row_tiles = (p.seqlen_q + S::BLOCK_M - 1) / S::BLOCK_M;
+  const int64_t total = int64_t(p.batch) * p.heads * row_tiles;
+  if (total == 0) return cudaSuccess;
+  if (total > INT_MAX) return cudaErrorInvalidConfiguration;
+  constexpr bool BFLOAT16 = std::is_same_v<T, __nv_bfloat16>;
+  const int64_t head_dim = p.head_dim, row = p.heads * head_dim;
+  const int64_t q_sizes[] = {head_dim, p.seqlen_q, p.heads, p.batch};
+  const int64_t k_sizes[] = {head_dim, p.seqlen_k, p.kv_heads, p.batch};
+  Maps maps;
+  cudaError_t error;
+  if ((error = make_tensor_map<4>(maps.q, p.q, BFLOAT16, q_sizes, {p.stride_qs, p.stride_qh, p.stride_qb},
+                                  {COLUMNS, S::BLOCK_M, 1, 1})) ||
+      (error = make_tensor_map<4>(maps.k, p.k, BFLOAT16, k_sizes, {p.stride_ks, p.stride_kh, p.stride_kb},
+                                  {COLUMNS, S::BLOCK_N, 1, 1})) ||
+      (error = make_tensor_map<4>(maps.v, p.v, BFLOAT16, k_sizes, {p.stride_vs, p.stride_vh, p.stride_vb},
+                                  {COLUMNS, S::BLOCK_N, 1, 1})) ||
+      (error = make_tensor_map<4>(maps.out, p.out, BFLOAT16, q_sizes, {row, head_dim, row * p.seqlen_q},
+                                  {COLUMNS, WARPGROUP_ROWS, 1, 1})))
+    return error;
+  auto kernel = attention_forward_kernel<T, HEAD_DIM>;
+  constexpr int BYTES = sizeof(Shared<T, HEAD_DIM>);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+  if (error != cudaSuccess) return error;
+  int device = 0, processors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const Order order = {int(total), row_tiles, wave_of(p, sizeof(T))};
+  Scores scores = scores_of(p);
+  scores.inner *= 2.0f * LOG2E;  // tanh(x) = 1 - 2 / (1 + 2^(2 x log2(e)))
+  kernel<<<std::min(processors, int(total)), S::THREADS, BYTES, stream>>>(p, maps, scores, order);
+  return cudaGetLastError();
+}
+
+}  // namespace mmkernels::hopper
