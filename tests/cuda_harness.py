@@ -111,7 +111,7 @@ def attention_forward(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     *,
-    arch: str = "sm_80",
+    arch: str = os.environ.get("HARCH", "sm_80"),
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Any]:
     """out, lse, and what the emulator counted; raises on whatever it found.

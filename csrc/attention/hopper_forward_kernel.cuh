@@ -241,6 +241,13 @@ struct Consumer {
     v_ring.advance();
   }
 
+  // Where this lane's row of matrices of columns d to d + 15 of out lies.
+  __device__ __forceinline__ uint32_t out_address(int d) const {
+    const int lane = threadIdx.x % 32, row = row_of(0) - lane / 4 + lane % 16;
+    const int word = (d % COLUMNS / 8 + lane / 16) ^ (row % 8);
+    return shared_address(&shared.out[d / COLUMNS][row][word * 8]);
+  }
+
   // out and lse of this warpgroup's rows.
   __device__ __forceinline__ void store(State<HEAD_DIM>& state, const AttentionForward& p, const Maps& maps) {
     const int lane = threadIdx.x % 32, b = work().b, h = work().h, m0 = work().m0;
@@ -275,14 +282,12 @@ struct Consumer {
 
     if (threadIdx.x % WARPGROUP == 0) tma_store_wait_read();
     sync_group();  // the tile before has left
-    const int row = row_of(0) - lane / 4 + lane % 16;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
-      const int word = (d % COLUMNS / 8 + lane / 16) ^ (row % 8);
       uint32_t x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = pack<T>(state.acc[d / 2 + 2 * i], state.acc[d / 2 + 2 * i + 1]);
-      store_matrices(shared_address(&shared.out[d / COLUMNS][row][word * 8]), x);
+      store_matrices(out_address(d), x);
     }
     fence_async_proxy();
     sync_group();
@@ -297,6 +302,9 @@ struct Consumer {
 
   __device__ __forceinline__ void consume(const AttentionForward& p, const Maps& maps, const Order& order) {
     if (group == S::CONSUMERS - 1) pass_turn();
+#pragma unroll
+    for (int d = HEAD_DIM; d < S::COLUMN_TILES * COLUMNS; d += 16)  // TMA reads them, and writes them nowhere
+      store_matrices(out_address(d), {0, 0, 0, 0});
     for (int index = blockIdx.x; index < order.total; index += gridDim.x) {
       barrier_wait(shared.q_full, q_ring.parity);
       q_ring.advance();
