@@ -22,9 +22,9 @@
 namespace mmkernels::hopper {
 
 // The softmax of a warpgroup's thread: rows lane / 4 and lane / 4 + 8 of its warp's.
-template <int HEAD_DIM>
+template <typename S>
 struct State {
-  float acc[HEAD_DIM / 2];  // fragment D
+  float acc[S::HEAD_DIM / 2];  // fragment D
   float m[2];
   float l[2];  // this lane's share
 };
@@ -35,65 +35,58 @@ __device__ __forceinline__ void release(uint64_t& barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// The producer's one thread: boxes of k or v for tile after tile.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void load_tile(T (*tile)[Tiles<HEAD_DIM>::BLOCK_N][COLUMNS],
-                                          const CUtensorMap& map, uint64_t& full, uint64_t& empty,
-                                          uint32_t parity, int n0, int kv_h, int b) {
-  using S = Tiles<HEAD_DIM>;
-  barrier_wait(empty, parity ^ 1);
-  barrier_arrive_expect(full, S::COLUMN_TILES * sizeof(*tile));
+// By one thread: the keys-th tile of k or v, once its buffer is empty.
+template <typename S>
+__device__ __forceinline__ void load_tile(Stages<S>& tiles, const CUtensorMap& map,
+                                          uint64_t (&full)[S::STAGES], uint64_t (&empty)[S::STAGES], int keys,
+                                          int n0, int kv_h, int b) {
+  const int stage = S::stage(keys);
+  barrier_wait(empty[stage], S::parity(keys) ^ 1);
+  barrier_arrive_expect(full[stage], sizeof(tiles[stage]));
 #pragma unroll
-  for (int c = 0; c < S::COLUMN_TILES; ++c) tma_load(tile[c], map, full, c * COLUMNS, n0, kv_h, b);
+  for (int c = 0; c < S::COLUMN_TILES; ++c)
+    tma_load(tiles[stage][c], map, full[stage], c * COLUMNS, n0, kv_h, b);
 }
 
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void produce(Shared<T, HEAD_DIM>& shared, const AttentionForward& p,
-                                        const Maps& maps, const Order& order) {
-  using S = Tiles<HEAD_DIM>;
-  Ring<S::STAGES> ring;
-  Ring<1> q_ring;
-  Ring<WORK_SLOTS> slots;
-  for (int index = blockIdx.x; index < order.total; index += gridDim.x) {
-    Work<HEAD_DIM>& work = shared.work[slots.stage];
-    find_work(work, p, order, index);
+template <typename S>
+__device__ __forceinline__ void produce(Shared<S>& shared, const AttentionForward& p, const Maps& maps,
+                                        const Order& order) {
+  int keys = 0;  // tiles of keys sent for
+#pragma unroll 1
+  for (int tiles = 0; blockIdx.x + tiles * gridDim.x < order.total; ++tiles) {
+    Work<S>& work = shared.work[tiles % WORK_SLOTS];
+    find_work(work, p, order, blockIdx.x + tiles * gridDim.x);
     if (threadIdx.x == 0) {
-      const int b = work.b, h = work.h, kv_h = h / (p.heads / p.kv_heads);
-      barrier_wait(shared.q_empty, q_ring.parity ^ 1);
+      barrier_wait(shared.q_empty, tiles % 2 ^ 1);
       barrier_arrive_expect(shared.q_full, sizeof(shared.q));
 #pragma unroll
       for (int c = 0; c < S::COLUMN_TILES; ++c)
-        tma_load(shared.q[c], maps.q, shared.q_full, c * COLUMNS, work.m0, h, b);
+        tma_load(shared.q[c], maps.q, shared.q_full, c * COLUMNS, work.m0, work.h, work.b);
+      const int kv_h = work.h / (p.heads / p.kv_heads), end = keys + work.count;
       int n0 = work.lo;
-      for (int j = work.count; j > 0; --j) {
-        const int i = ring.stage;
-        load_tile<T, HEAD_DIM>(shared.k[i], maps.k, shared.k_full[i], shared.k_empty[i], ring.parity, n0,
-                               kv_h, b);
-        load_tile<T, HEAD_DIM>(shared.v[i], maps.v, shared.v_full[i], shared.v_empty[i], ring.parity, n0,
-                               kv_h, b);
-        ring.advance();
-        n0 += S::BLOCK_N;
+#pragma unroll 1
+      for (; keys < end; ++keys, n0 += S::BLOCK_N) {
+        load_tile<S>(shared.k, maps.k, shared.k_full, shared.k_empty, keys, n0, kv_h, work.b);
+        load_tile<S>(shared.v, maps.v, shared.v_full, shared.v_empty, keys, n0, kv_h, work.b);
       }
     }
     __syncwarp();
-    q_ring.advance();
-    slots.advance();
   }
 }
 
 // A consumer warpgroup, from tile of queries to tile of queries.
-template <typename T, int HEAD_DIM>
+template <typename S>
 struct Consumer {
-  using S = Tiles<HEAD_DIM>;
+  using T = typename S::Element;
+  static constexpr int HEAD_DIM = S::HEAD_DIM;
   using Scored = float[S::BLOCK_N / 2];                // fragment D of s, then of p
   using Probabilities = uint32_t[S::BLOCK_N / 16][4];  // fragments A
 
-  Shared<T, HEAD_DIM>& shared;
+  Shared<S>& shared;
   const Scores scores;
   const int group = threadIdx.x / WARPGROUP - 1;
-  Ring<S::STAGES> k_ring, v_ring;
-  Ring<1> q_ring;
-  Ring<WORK_SLOTS> slots;
+  int tiles = 0;  // of queries done
+  int keys = 0;   // tiles of keys sent so far, all done but those of this walk
 
   // Named barriers: one for each warpgroup's turn, and one for its own warps.
   __device__ __forceinline__ void take_turn() { named_barrier_sync(1 + group, 2 * WARPGROUP); }
@@ -103,9 +96,9 @@ struct Consumer {
   __device__ __forceinline__ void sync_group() { named_barrier_sync(1 + S::CONSUMERS + group, WARPGROUP); }
 
   // s = q k^T, as a group of its own.
-  __device__ __forceinline__ void multiply_qk(Scored& s) {
+  __device__ __forceinline__ void multiply_qk(Scored& s, int k_stage) {
     const uint64_t q = k_major(shared_address(shared.q[0][group * WARPGROUP_ROWS]));
-    const uint64_t k = k_major(shared_address(shared.k[k_ring.stage]));
+    const uint64_t k = k_major(shared_address(shared.k[k_stage]));
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
@@ -117,8 +110,8 @@ struct Consumer {
   }
 
   // acc += p v, as a group of its own.
-  __device__ __forceinline__ void multiply_pv(State<HEAD_DIM>& state, const Probabilities& p) {
-    const uint64_t v = mn_major(shared_address(shared.v[v_ring.stage]), sizeof(shared.v[0][0]));
+  __device__ __forceinline__ void multiply_pv(State<S>& state, const Probabilities& p, int v_stage) {
+    const uint64_t v = mn_major(shared_address(shared.v[v_stage]), sizeof(shared.v[0][0]));
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < S::BLOCK_N; n += 16)
@@ -126,7 +119,7 @@ struct Consumer {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ const Work<HEAD_DIM>& work() const { return shared.work[slots.stage]; }
+  __device__ __forceinline__ const Work<S>& work() const { return shared.work[tiles % WORK_SLOTS]; }
   __device__ __forceinline__ const KeyRange& range() const { return work().ranges[group]; }
 
   // The warpgroup's row, and its keys, that elements 2 * half and 2 * half + 1 of a fragment D lie in.
@@ -137,7 +130,7 @@ struct Consumer {
 
   // Scores from raw products: softcap, and -inf where a row does not see the key.
   __device__ __forceinline__ void finish_scores(Scored& s, int n0) {
-    if (scores.outer > 0.0f) {
+    if constexpr (S::SOFTCAP) {
 #pragma unroll
       for (float& x : s)  // outer * tanh(inner * x); 2^x is inf or 0 beyond
         x = scores.outer - __fdividef(2.0f * scores.outer, 1.0f + exp2_approx(x * scores.inner));
@@ -158,7 +151,7 @@ struct Consumer {
   }
 
   // The running softmax: s becomes p; m and l move on. alpha is what acc has to be multiplied by.
-  __device__ __forceinline__ void softmax(State<HEAD_DIM>& state, Scored& s, float (&alpha)[2]) {
+  __device__ __forceinline__ void softmax(State<S>& state, Scored& s, float (&alpha)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float& m = state.m[half];
@@ -186,59 +179,60 @@ struct Consumer {
     for (int i = 0; i < S::BLOCK_N / 4; ++i) p[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Lets pass the tiles of keys up to `count`, which none of the rows sees.
+  // Lets pass `count` tiles of keys, which none of the rows sees.
   __device__ __forceinline__ void pass_over(int count) {
-    for (int j = 0; j < count; ++j) {
+#pragma unroll 1
+    for (; count > 0; --count, ++keys) {
       take_turn();
       pass_turn();
-      barrier_wait(shared.k_full[k_ring.stage], k_ring.parity);
-      release(shared.k_empty[k_ring.stage]);
-      k_ring.advance();
-      barrier_wait(shared.v_full[v_ring.stage], v_ring.parity);
-      release(shared.v_empty[v_ring.stage]);
-      v_ring.advance();
+      barrier_wait(shared.k_full[S::stage(keys)], S::parity(keys));
+      release(shared.k_empty[S::stage(keys)]);
+      barrier_wait(shared.v_full[S::stage(keys)], S::parity(keys));
+      release(shared.v_empty[S::stage(keys)]);
     }
   }
 
-  // Tiles `first` to `last` of keys into acc, m and l.
-  __device__ __forceinline__ void walk(State<HEAD_DIM>& state, int first, int last) {
+  // `count` tiles of keys, from n0 on, into acc, m and l.
+  __device__ __forceinline__ void walk(State<S>& state, int n0, int count) {
     Scored s;
     Probabilities p;
     float alpha[2];
-    for (int j = first; j < last; ++j) {
-      barrier_wait(shared.k_full[k_ring.stage], k_ring.parity);
+    const int last = keys + count;
+#pragma unroll 1
+    for (bool first = true; keys < last; first = false, n0 += S::BLOCK_N) {
+      const int k = S::stage(keys), v = S::stage(keys - 1);
+      barrier_wait(shared.k_full[k], S::parity(keys));
       take_turn();
-      multiply_qk(s);
-      if (j > first) {
-        barrier_wait(shared.v_full[v_ring.stage], v_ring.parity);
-        multiply_pv(state, p);
+      multiply_qk(s, k);
+      if (first) {
+        pass_turn();
+        wgmma_wait<0>();
+      } else {
+        barrier_wait(shared.v_full[v], S::parity(keys - 1));
+        multiply_pv(state, p, v);
         pass_turn();
         wgmma_wait<1>();
-      } else {
-        pass_turn();
-        wgmma_wait<0>();
       }
       pin(s);
-      release(shared.k_empty[k_ring.stage]);
-      k_ring.advance();
-      finish_scores(s, work().lo + j * S::BLOCK_N);
+      release(shared.k_empty[k]);
+      finish_scores(s, n0);
       softmax(state, s, alpha);
-      if (j > first) {
+      if (!first) {
         wgmma_wait<0>();
         pin(state.acc);
-        release(shared.v_empty[v_ring.stage]);
-        v_ring.advance();
+        release(shared.v_empty[v]);
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) state.acc[i] *= alpha[i / 2 % 2];
       }
       round(p, s);
+      ++keys;
     }
-    barrier_wait(shared.v_full[v_ring.stage], v_ring.parity);
-    multiply_pv(state, p);
+    const int v = S::stage(keys - 1);
+    barrier_wait(shared.v_full[v], S::parity(keys - 1));
+    multiply_pv(state, p, v);
     wgmma_wait<0>();
     pin(state.acc);
-    release(shared.v_empty[v_ring.stage]);
-    v_ring.advance();
+    release(shared.v_empty[v]);
   }
 
   // Where this lane's row of matrices of columns d to d + 15 of out lies.
@@ -249,7 +243,7 @@ struct Consumer {
   }
 
   // out and lse of this warpgroup's rows.
-  __device__ __forceinline__ void store(State<HEAD_DIM>& state, const AttentionForward& p, const Maps& maps) {
+  __device__ __forceinline__ void store(State<S>& state, const AttentionForward& p, const Maps& maps) {
     const int lane = threadIdx.x % 32, b = work().b, h = work().h, m0 = work().m0;
     float factor[2];
     bool bad = false;
@@ -305,10 +299,9 @@ struct Consumer {
 #pragma unroll
     for (int d = HEAD_DIM; d < S::COLUMN_TILES * COLUMNS; d += 16)  // TMA reads them, and writes them nowhere
       store_matrices(out_address(d), {0, 0, 0, 0});
-    for (int index = blockIdx.x; index < order.total; index += gridDim.x) {
-      barrier_wait(shared.q_full, q_ring.parity);
-      q_ring.advance();
-      State<HEAD_DIM> state;
+    for (; blockIdx.x + tiles * gridDim.x < order.total; ++tiles) {
+      barrier_wait(shared.q_full, tiles % 2);
+      State<S> state;
 #pragma unroll
       for (float& x : state.acc) x = 0.0f;
 #pragma unroll
@@ -316,30 +309,28 @@ struct Consumer {
         state.m[half] = -INFINITY;
         state.l[half] = 0.0f;
       }
-      int first = 0, last = 0;
+      int last = 0;
       if (range().hi > 0) {
-        first = (range().lo - work().lo) / S::BLOCK_N;
+        const int first = (range().lo - work().lo) / S::BLOCK_N;
         last = (range().hi - work().lo + S::BLOCK_N - 1) / S::BLOCK_N;
         pass_over(first);
-        walk(state, first, last);
+        walk(state, work().lo + first * S::BLOCK_N, last - first);
       }
       release(shared.q_empty);
       store(state, p, maps);
       pass_over(work().count - last);
-      slots.advance();
     }
     if (group == 0) take_turn();  // back, from the last warpgroup
   }
 };
 
-template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(Tiles<HEAD_DIM>::THREADS)
+template <typename S>
+__global__ void __launch_bounds__(S::THREADS)
     attention_forward_kernel(const __grid_constant__ AttentionForward p, const __grid_constant__ Maps maps,
                              Scores scores, Order order) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using S = Tiles<HEAD_DIM>;
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<T, HEAD_DIM>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<S>*>(memory);
   if (threadIdx.x == 0) {
     barrier_init(shared.q_full, 1);
     barrier_init(shared.q_empty, 4 * S::CONSUMERS);
@@ -357,19 +348,18 @@ __global__ void __launch_bounds__(Tiles<HEAD_DIM>::THREADS)
     if (threadIdx.x < 32) produce(shared, p, maps, order);
   } else {
     take_registers<S::CONSUMER_REGISTERS>();
-    Consumer<T, HEAD_DIM>{shared, scores}.consume(p, maps, order);
+    Consumer<S>{shared, scores}.consume(p, maps, order);
   }
 #endif
 }
 
-template <typename T, int HEAD_DIM>
-cudaError_t launch_attention_forward(const AttentionForward& p, cudaStream_t stream) {
-  using S = Tiles<HEAD_DIM>;
+template <typename S>
+cudaError_t launch_shape(const AttentionForward& p, cudaStream_t stream) {
   const int row_tiles = (p.seqlen_q + S::BLOCK_M - 1) / S::BLOCK_M;
   const int64_t total = int64_t(p.batch) * p.heads * row_tiles;
   if (total == 0) return cudaSuccess;
   if (total > INT_MAX) return cudaErrorInvalidConfiguration;
-  constexpr bool BFLOAT16 = std::is_same_v<T, __nv_bfloat16>;
+  constexpr bool BFLOAT16 = std::is_same_v<typename S::Element, __nv_bfloat16>;
   const int64_t head_dim = p.head_dim, row = p.heads * head_dim;
   const int64_t q_sizes[] = {head_dim, p.seqlen_q, p.heads, p.batch};
   const int64_t k_sizes[] = {head_dim, p.seqlen_k, p.kv_heads, p.batch};
@@ -384,18 +374,24 @@ cudaError_t launch_attention_forward(const AttentionForward& p, cudaStream_t str
       (error = make_tensor_map<4>(maps.out, p.out, BFLOAT16, q_sizes, {row, head_dim, row * p.seqlen_q},
                                   {COLUMNS, WARPGROUP_ROWS, 1, 1})))
     return error;
-  auto kernel = attention_forward_kernel<T, HEAD_DIM>;
-  constexpr int BYTES = sizeof(Shared<T, HEAD_DIM>);
+  auto kernel = attention_forward_kernel<S>;
+  constexpr int BYTES = sizeof(Shared<S>);
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
   if (error != cudaSuccess) return error;
   int device = 0, processors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const Order order = {int(total), row_tiles, wave_of(p, sizeof(T))};
+  const Order order = {int(total), row_tiles, wave_of(p, 2)};
   Scores scores = scores_of(p);
   scores.inner *= 2.0f * LOG2E;  // tanh(x) = 1 - 2 / (1 + 2^(2 x log2(e)))
   kernel<<<std::min(processors, int(total)), S::THREADS, BYTES, stream>>>(p, maps, scores, order);
   return cudaGetLastError();
+}
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_attention_forward(const AttentionForward& p, cudaStream_t stream) {
+  return p.softcap > 0.0f ? launch_shape<Shape<T, HEAD_DIM, true>>(p, stream)
+                          : launch_shape<Shape<T, HEAD_DIM, false>>(p, stream);
 }
 
 }  // namespace mmkernels::hopper

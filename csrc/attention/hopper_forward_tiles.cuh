@@ -15,18 +15,26 @@ namespace mmkernels::hopper {
 constexpr int WARPGROUP_ROWS = 64;
 constexpr int COLUMNS = 64;  // of a tile in shared memory: 128 bytes
 
-// HEAD_DIM is a multiple of 16; what a head has less is 0.
-template <int HEAD_DIM>
-struct Tiles {
-  // Each consumer warpgroup holds 64 queries.
-  static constexpr int CONSUMERS = HEAD_DIM <= 64 ? 3 : 2;
-  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 56 : 40;
-  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 152 : 232;
+// What a kernel is made for. HEAD_DIM is a multiple of 16; what a head has less is 0.
+template <typename T, int HEAD_DIM_, bool SOFTCAP_>
+struct Shape {
+  using Element = T;
+  static constexpr int HEAD_DIM = HEAD_DIM_;
+  static constexpr bool SOFTCAP = SOFTCAP_;
+  // Each consumer warpgroup holds 64 queries. Three read keys less often; acc and s of wider heads, and
+  // softcap, need the registers of two.
+  static constexpr int CONSUMERS = HEAD_DIM <= 64 && !SOFTCAP ? 3 : 2;
+  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
+  static constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
   static constexpr int THREADS = WARPGROUP * (CONSUMERS + 1);
   static constexpr int BLOCK_M = WARPGROUP_ROWS * CONSUMERS;
-  static constexpr int BLOCK_N = CONSUMERS == 3 ? 96 : 128;
+  static constexpr int BLOCK_N = 128;
   static constexpr int STAGES = 2;
   static constexpr int COLUMN_TILES = (HEAD_DIM + COLUMNS - 1) / COLUMNS;
+
+  // Of the k-th tile of keys: its buffer, and the parity of the phase of the buffer's barriers.
+  static __device__ __forceinline__ int stage(int k) { return k % STAGES; }
+  static __device__ __forceinline__ uint32_t parity(int k) { return k / STAGES % 2; }
 };
 
 // The keys that a warpgroup's rows see, [lo, hi), and that all of them but those without a key see.
@@ -38,26 +46,29 @@ struct KeyRange {
 constexpr int WORK_SLOTS = 3;
 
 // A tile of queries and the keys that it walks: `count` tiles from key `lo` on.
-template <int HEAD_DIM>
+template <typename S>
 struct Work {
   int b, h, m0;
   int lo, count;
-  KeyRange ranges[Tiles<HEAD_DIM>::CONSUMERS];
-  int2 bounds[Tiles<HEAD_DIM>::BLOCK_M];  // of each row
+  KeyRange ranges[S::CONSUMERS];
+  int2 bounds[S::BLOCK_M];  // of each row
 };
 
-template <typename T, int HEAD_DIM>
+// Of k or v: tiles of 64 columns, row after row.
+template <typename S>
+using Stages = typename S::Element[S::STAGES][S::COLUMN_TILES][S::BLOCK_N][COLUMNS];
+
+template <typename S>
 struct Shared {
-  using S = Tiles<HEAD_DIM>;
+  using T = typename S::Element;
   T q[S::COLUMN_TILES][S::BLOCK_M][COLUMNS];
   T out[S::COLUMN_TILES][S::BLOCK_M][COLUMNS];
-  T k[S::STAGES][S::COLUMN_TILES][S::BLOCK_N][COLUMNS];
-  T v[S::STAGES][S::COLUMN_TILES][S::BLOCK_N][COLUMNS];
+  Stages<S> k, v;
   // Full: TMA has written. Empty: all consumer warps have read.
   uint64_t q_full, q_empty;  // of `work`, too
   uint64_t k_full[S::STAGES], k_empty[S::STAGES];
   uint64_t v_full[S::STAGES], v_empty[S::STAGES];
-  Work<HEAD_DIM> work[WORK_SLOTS];
+  Work<S> work[WORK_SLOTS];
 };
 
 // q, k, v and out as (B, H, S, D); boxes are a tile in shared memory, of out a warpgroup's rows.
@@ -73,16 +84,15 @@ struct Order {
 };
 
 // By one warp, to shared memory: a tile's place, and the range of keys of each warpgroup's rows.
-template <int HEAD_DIM>
-__device__ __forceinline__ void find_work(Work<HEAD_DIM>& work, const AttentionForward& p, const Order& order,
+template <typename S>
+__device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward& p, const Order& order,
                                           int index) {
-  using S = Tiles<HEAD_DIM>;
   const Position at(p, index, S::BLOCK_M, order.row_tiles, order.wave);
   int lo = INT_MAX, hi = 0;
 #pragma unroll 1
   for (int group = 0; group < S::CONSUMERS; ++group) {
     KeyRange range = {INT_MAX, 0, 0, INT_MAX};
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < WARPGROUP_ROWS; i += 32) {
       const int row = group * WARPGROUP_ROWS + i + threadIdx.x % 32;
       const int2 bounds = row_bounds(p, at.b, at.m0 + row);
