@@ -9,7 +9,7 @@
 
 // Hidden behind USE_CUDA in torch's header. Weak: a torch built for the CPU only has no such function.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** stream);
+                                                                                   void** stream);
 
 namespace mmkernels {
 
@@ -41,6 +41,22 @@ inline void check_copyable(const char* name, const Tensor& x) {
   for (int64_t dim = 0; dim < last; ++dim) aligned = aligned && (x.size(dim) <= 1 || x.stride(dim) % 8 == 0);
   STD_TORCH_CHECK(aligned, name, " must start at a multiple of 16 bytes, with a last stride of 1 and all ",
                   "others multiples of 8");
+}
+
+// TMA takes boxes of x, which is also `copyable`.
+inline bool boxable(const Tensor& x) {
+  constexpr int64_t MAX_STRIDE = int64_t(1) << 39;  // elements of 16 bits
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim)
+    if (x.size(dim) > 1 && (x.stride(dim) <= 0 || x.stride(dim) >= MAX_STRIDE)) return false;
+  return true;
+}
+
+// 90 of 9.0.
+inline int compute_capability(int32_t device) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major * 10 + minor;
 }
 
 inline cudaStream_t current_stream(int32_t device) {

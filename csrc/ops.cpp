@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(mmkernels_cuda, m) {
   m.def("attention_forward_built(int head_dim, bool bfloat16) -> bool");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? end, Tensor(a!) out, "
-      "Tensor(b!) lse, float softmax_scale, float softcap) -> ()");
+      "Tensor(b!) lse, Tensor(c!)? redo, float softmax_scale, float softcap) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels_cuda, CompositeExplicitAutograd, m) {

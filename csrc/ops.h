@@ -15,6 +15,6 @@ bool attention_forward_built(int64_t head_dim, bool bfloat16);
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& start,
                        const std::optional<Tensor>& end, const Tensor& out, const Tensor& lse,
-                       double softmax_scale, double softcap);
+                       const std::optional<Tensor>& redo, double softmax_scale, double softcap);
 
 }  // namespace mmkernels

@@ -111,12 +111,13 @@ def attention_forward(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     *,
-    arch: str = os.environ.get("HARCH", "sm_80"),
+    arch: str = "sm_80",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Any]:
     """out, lse, and what the emulator counted; raises on whatever it found.
 
-    sm_90a is the Hopper kernel, and behind it the portable one for the rows that it marked.
+    sm_90a is the Hopper kernel, and behind it the portable one for the rows that it marked; without
+    keys the portable one alone. csrc/attention/forward_op.cpp chooses so.
 
     Tensors lie where `on_device` or views of it put them.
     """
@@ -140,7 +141,7 @@ def attention_forward(
             stride = 0 if len(dims) == 2 and x.shape[dim] == 1 else x.stride(dim)
             setattr(p, f"stride_{name}{separator}{letter}", stride)
     name = f"{WIDTHS[head_dim]}_{SHORT[q.dtype]}"
-    if arch != "sm_90a":
+    if arch != "sm_90a" or k.shape[1] == 0:
         result = _launch(f"forward_{name}", f"forward_{name}", arch, p, tensors, seed)
         return out, lse, result
     if "start" in tensors:

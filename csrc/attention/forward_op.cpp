@@ -8,32 +8,44 @@
 namespace mmkernels {
 namespace {
 
-// Null if this build has no such instance.
-AttentionForwardLauncher* attention_forward_launcher(int64_t head_dim, bool bfloat16) {
+// The portable and the Hopper kernel of a head dim and dtype; null if this build has none.
+struct Launchers {
+  AttentionForwardLauncher* portable;
+  AttentionForwardLauncher* hopper;
+};
+
+Launchers launchers(int64_t head_dim, bool bfloat16) {
+#define MMKERNELS_CASE(D)                                                               \
+  return bfloat16 ? Launchers{mmkernels_attention_forward_##D##_bf16,                   \
+                              mmkernels_attention_forward_sm90_##D##_bf16}              \
+                  : Launchers {                                                         \
+    mmkernels_attention_forward_##D##_fp16, mmkernels_attention_forward_sm90_##D##_fp16 \
+  }
   switch (head_dim) {
     case 64:
-      return bfloat16 ? mmkernels_attention_forward_64_bf16 : mmkernels_attention_forward_64_fp16;
+      MMKERNELS_CASE(64);
     case 72:
     case 80:
-      return bfloat16 ? mmkernels_attention_forward_80_bf16 : mmkernels_attention_forward_80_fp16;
+      MMKERNELS_CASE(80);
     case 96:
-      return bfloat16 ? mmkernels_attention_forward_96_bf16 : mmkernels_attention_forward_96_fp16;
+      MMKERNELS_CASE(96);
     case 128:
-      return bfloat16 ? mmkernels_attention_forward_128_bf16 : mmkernels_attention_forward_128_fp16;
+      MMKERNELS_CASE(128);
     default:
-      return nullptr;
+      return {nullptr, nullptr};
   }
+#undef MMKERNELS_CASE
 }
 
 }  // namespace
 
 bool attention_forward_built(int64_t head_dim, bool bfloat16) {
-  return attention_forward_launcher(head_dim, bfloat16) != nullptr;
+  return launchers(head_dim, bfloat16).portable != nullptr;
 }
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& start,
                        const std::optional<Tensor>& end, const Tensor& out, const Tensor& lse,
-                       double softmax_scale, double softcap) {
+                       const std::optional<Tensor>& redo, double softmax_scale, double softcap) {
   const int32_t device = q.get_device_index();
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
@@ -78,10 +90,22 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
   p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
 
-  AttentionForwardLauncher* launch = attention_forward_launcher(head_dim, dtype == ScalarType::BFloat16);
-  STD_TORCH_CHECK(launch != nullptr, "this build has no kernel for a head dim of ", head_dim);
+  const Launchers launch = launchers(head_dim, dtype == ScalarType::BFloat16);
+  STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for a head dim of ", head_dim);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_launch(launch(&p, current_stream(device)));
+  const cudaStream_t stream = current_stream(device);
+  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 && seqlen_k > 0 &&
+                      boxable(q) && boxable(k) && boxable(v);
+  if (!hopper) return check_launch(launch.portable(&p, stream));
+  if (p.start != nullptr) {
+    STD_TORCH_CHECK(redo.has_value(), "with start, Hopper's kernel needs redo");
+    check_kind("redo", *redo, device, ScalarType::Int);
+    check_sizes("redo", *redo, {batch, heads, (seqlen_q + REDO_ROWS - 1) / REDO_ROWS});
+    STD_TORCH_CHECK(redo->is_contiguous(), "redo must be contiguous");
+    p.redo = static_cast<int32_t*>(redo->data_ptr());
+  }
+  check_launch(launch.hopper(&p, stream));
+  if (p.redo != nullptr) check_launch(launch.portable(&p, stream));
 }
 
 }  // namespace mmkernels

@@ -29,9 +29,8 @@ struct State {
   float l[2];  // this lane's share
 };
 
-// One arrival of each warp, whose lanes have all come so far.
+// One arrival of each warp, whose lanes have all come so far: behind an instruction of the whole warp.
 __device__ __forceinline__ void release(uint64_t& barrier) {
-  __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
@@ -86,7 +85,7 @@ struct Consumer {
   const Scores scores;
   const int group = threadIdx.x / WARPGROUP - 1;
   int tiles = 0;  // of queries done
-  int keys = 0;   // tiles of keys sent so far, all done but those of this walk
+  int keys = 0;   // tiles of keys, all done but those of this walk
 
   // Named barriers: one for each warpgroup's turn, and one for its own warps.
   __device__ __forceinline__ void take_turn() { named_barrier_sync(1 + group, 2 * WARPGROUP); }
@@ -186,8 +185,9 @@ struct Consumer {
       take_turn();
       pass_turn();
       barrier_wait(shared.k_full[S::stage(keys)], S::parity(keys));
-      release(shared.k_empty[S::stage(keys)]);
       barrier_wait(shared.v_full[S::stage(keys)], S::parity(keys));
+      __syncwarp();
+      release(shared.k_empty[S::stage(keys)]);
       release(shared.v_empty[S::stage(keys)]);
     }
   }
@@ -316,6 +316,7 @@ struct Consumer {
         pass_over(first);
         walk(state, work().lo + first * S::BLOCK_N, last - first);
       }
+      __syncwarp();
       release(shared.q_empty);
       store(state, p, maps);
       pass_over(work().count - last);

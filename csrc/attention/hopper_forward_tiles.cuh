@@ -42,8 +42,8 @@ struct KeyRange {
   int lo, hi, full_lo, full_hi;
 };
 
-// How many tiles of queries ahead of the slowest warpgroup the producer may be, and one.
-constexpr int WORK_SLOTS = 3;
+// The producer may be two tiles of queries ahead of a warpgroup that still reads its own; a power of 2.
+constexpr int WORK_SLOTS = 4;
 
 // A tile of queries and the keys that it walks: `count` tiles from key `lo` on.
 template <typename S>
@@ -88,6 +88,11 @@ template <typename S>
 __device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward& p, const Order& order,
                                           int index) {
   const Position at(p, index, S::BLOCK_M, order.row_tiles, order.wave);
+  if (threadIdx.x % 32 == 0) {
+    work.b = at.b;
+    work.h = at.h;
+    work.m0 = at.m0;
+  }
   int lo = INT_MAX, hi = 0;
 #pragma unroll 1
   for (int group = 0; group < S::CONSUMERS; ++group) {
@@ -110,9 +115,6 @@ __device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward&
     if (threadIdx.x % 32 == 0) work.ranges[group] = range;
   }
   if (threadIdx.x % 32 == 0) {
-    work.b = at.b;
-    work.h = at.h;
-    work.m0 = at.m0;
     work.lo = lo;
     work.count = max((hi - lo + S::BLOCK_N - 1) / S::BLOCK_N, 0);
   }

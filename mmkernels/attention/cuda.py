@@ -16,6 +16,7 @@ from mmkernels.attention import triton_backend
 
 HEAD_DIMS = (64, 72, 80, 96, 128)
 MIN_CAPABILITY = (8, 0)
+REDO_ROWS = 16  # of csrc/attention/forward.h
 
 
 def _copyable(x: Tensor) -> bool:
@@ -121,8 +122,12 @@ def forward(
     batch, seqlen_q, heads, head_dim = q.shape
     out = torch.empty((batch, seqlen_q, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seqlen_q), dtype=torch.float32, device=q.device)
+    redo = None
+    if start is not None:
+        tiles = -(-seqlen_q // REDO_ROWS)
+        redo = torch.empty((batch, heads, tiles), dtype=torch.int32, device=q.device)
     torch.ops.mmkernels_cuda.attention_forward(
-        q, k, v, start, end, out, lse, softmax_scale, softcap
+        q, k, v, start, end, out, lse, redo, softmax_scale, softcap
     )
     return out, lse
 
