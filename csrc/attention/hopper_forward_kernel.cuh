@@ -34,17 +34,18 @@ __device__ __forceinline__ void release(uint64_t& barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// By one thread: the keys-th tile of k or v, once its buffer is empty.
+// By one thread: k or v of the j-th tile of keys of some work, once the buffer of the keys-th tile of all is
+// empty.
 template <typename S>
 __device__ __forceinline__ void load_tile(Stages<S>& tiles, const CUtensorMap& map,
                                           uint64_t (&full)[S::STAGES], uint64_t (&empty)[S::STAGES], int keys,
-                                          int n0, int kv_h, int b) {
+                                          const Work<S>& work, int j) {
   const int stage = S::stage(keys);
   barrier_wait(empty[stage], S::parity(keys) ^ 1);
   barrier_arrive_expect(full[stage], sizeof(tiles[stage]));
 #pragma unroll
   for (int c = 0; c < S::COLUMN_TILES; ++c)
-    tma_load(tiles[stage][c], map, full[stage], c * COLUMNS, n0, kv_h, b);
+    tma_load(tiles[stage][c], map, full[stage], c * COLUMNS, work.lo + j * S::BLOCK_N, work.kv_h, work.b);
 }
 
 template <typename S>
@@ -61,13 +62,13 @@ __device__ __forceinline__ void produce(Shared<S>& shared, const AttentionForwar
 #pragma unroll
       for (int c = 0; c < S::COLUMN_TILES; ++c)
         tma_load(shared.q[c], maps.q, shared.q_full, c * COLUMNS, work.m0, work.h, work.b);
-      const int kv_h = work.h / (p.heads / p.kv_heads), end = keys + work.count;
-      int n0 = work.lo;
+      // In the order in which they are waited for: k of a tile before v of the one before.
 #pragma unroll 1
-      for (; keys < end; ++keys, n0 += S::BLOCK_N) {
-        load_tile<S>(shared.k, maps.k, shared.k_full, shared.k_empty, keys, n0, kv_h, work.b);
-        load_tile<S>(shared.v, maps.v, shared.v_full, shared.v_empty, keys, n0, kv_h, work.b);
+      for (int j = 0; j <= work.count; ++j) {
+        if (j < work.count) load_tile<S>(shared.k, maps.k, shared.k_full, shared.k_empty, keys + j, work, j);
+        if (j > 0) load_tile<S>(shared.v, maps.v, shared.v_full, shared.v_empty, keys + j - 1, work, j - 1);
       }
+      keys += work.count;
     }
     __syncwarp();
   }

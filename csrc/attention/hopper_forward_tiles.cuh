@@ -48,7 +48,7 @@ constexpr int WORK_SLOTS = 4;
 // A tile of queries and the keys that it walks: `count` tiles from key `lo` on.
 template <typename S>
 struct Work {
-  int b, h, m0;
+  int b, h, kv_h, m0;
   int lo, count;
   KeyRange ranges[S::CONSUMERS];
   int2 bounds[S::BLOCK_M];  // of each row
@@ -91,6 +91,7 @@ __device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward&
   if (threadIdx.x % 32 == 0) {
     work.b = at.b;
     work.h = at.h;
+    work.kv_h = at.h / (p.heads / p.kv_heads);
     work.m0 = at.m0;
   }
   int lo = INT_MAX, hi = 0;
