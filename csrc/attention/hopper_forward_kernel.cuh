@@ -34,26 +34,23 @@ __device__ __forceinline__ void release(uint64_t& barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// By one thread: k or v of the j-th tile of keys of some work, once the buffer of the keys-th tile of all is
-// empty.
+// By one thread: k or v of the j-th tile of keys of some work, once its buffer is empty.
 template <typename S>
-__device__ __forceinline__ void load_tile(Stages<S>& tiles, const CUtensorMap& map,
-                                          uint64_t (&full)[S::STAGES], uint64_t (&empty)[S::STAGES], int keys,
-                                          const Work<S>& work, int j) {
-  const int stage = S::stage(keys);
-  barrier_wait(empty[stage], S::parity(keys) ^ 1);
-  barrier_arrive_expect(full[stage], sizeof(tiles[stage]));
+__device__ __forceinline__ void load_tile(KeyTile<S>& tile, const CUtensorMap& map, uint64_t& full,
+                                          uint64_t& empty, uint32_t parity, const Work<S>& work, int j) {
+  barrier_wait(empty, parity ^ 1);
+  barrier_arrive_expect(full, sizeof(tile));
+  const int n0 = work.lo + j * S::BLOCK_N, kv_h = work.kv_h, b = work.b;
 #pragma unroll
-  for (int c = 0; c < S::COLUMN_TILES; ++c)
-    tma_load(tiles[stage][c], map, full[stage], c * COLUMNS, work.lo + j * S::BLOCK_N, work.kv_h, work.b);
+  for (int c = 0; c < S::COLUMN_TILES; ++c) tma_load(tile[c], map, full, c * COLUMNS, n0, kv_h, b);
 }
 
 template <typename S>
 __device__ __forceinline__ void produce(Shared<S>& shared, const AttentionForward& p, const Maps& maps,
                                         const Order& order) {
-  int keys = 0;  // tiles of keys sent for
+  unsigned keys = 0;  // tiles of keys sent for
 #pragma unroll 1
-  for (int tiles = 0; blockIdx.x + tiles * gridDim.x < order.total; ++tiles) {
+  for (unsigned tiles = 0; blockIdx.x + tiles * gridDim.x < unsigned(order.total); ++tiles) {
     Work<S>& work = shared.work[tiles % WORK_SLOTS];
     find_work(work, p, order, blockIdx.x + tiles * gridDim.x);
     if (threadIdx.x == 0) {
@@ -65,8 +62,13 @@ __device__ __forceinline__ void produce(Shared<S>& shared, const AttentionForwar
       // In the order in which they are waited for: k of a tile before v of the one before.
 #pragma unroll 1
       for (int j = 0; j <= work.count; ++j) {
-        if (j < work.count) load_tile<S>(shared.k, maps.k, shared.k_full, shared.k_empty, keys + j, work, j);
-        if (j > 0) load_tile<S>(shared.v, maps.v, shared.v_full, shared.v_empty, keys + j - 1, work, j - 1);
+        const unsigned k = S::stage(keys + j), v = S::stage(keys + j - 1);
+        if (j < work.count)
+          load_tile<S>(shared.k[k], maps.k, shared.stages[k].k_full, shared.stages[k].k_empty,
+                       S::parity(keys + j), work, j);
+        if (j > 0)
+          load_tile<S>(shared.v[v], maps.v, shared.stages[v].v_full, shared.stages[v].v_empty,
+                       S::parity(keys + j - 1), work, j - 1);
       }
       keys += work.count;
     }
@@ -85,8 +87,8 @@ struct Consumer {
   Shared<S>& shared;
   const Scores scores;
   const int group = threadIdx.x / WARPGROUP - 1;
-  int tiles = 0;  // of queries done
-  int keys = 0;   // tiles of keys, all done but those of this walk
+  unsigned tiles = 0;  // of queries done
+  unsigned keys = 0;   // tiles of keys, all done but those of this walk
 
   // Named barriers: one for each warpgroup's turn, and one for its own warps.
   __device__ __forceinline__ void take_turn() { named_barrier_sync(1 + group, 2 * WARPGROUP); }
@@ -96,7 +98,7 @@ struct Consumer {
   __device__ __forceinline__ void sync_group() { named_barrier_sync(1 + S::CONSUMERS + group, WARPGROUP); }
 
   // s = q k^T, as a group of its own.
-  __device__ __forceinline__ void multiply_qk(Scored& s, int k_stage) {
+  __device__ __forceinline__ void multiply_qk(Scored& s, unsigned k_stage) {
     const uint64_t q = k_major(shared_address(shared.q[0][group * WARPGROUP_ROWS]));
     const uint64_t k = k_major(shared_address(shared.k[k_stage]));
     wgmma_fence();
@@ -110,7 +112,7 @@ struct Consumer {
   }
 
   // acc += p v, as a group of its own.
-  __device__ __forceinline__ void multiply_pv(State<S>& state, const Probabilities& p, int v_stage) {
+  __device__ __forceinline__ void multiply_pv(State<S>& state, const Probabilities& p, unsigned v_stage) {
     const uint64_t v = mn_major(shared_address(shared.v[v_stage]), sizeof(shared.v[0][0]));
     wgmma_fence();
 #pragma unroll
@@ -185,11 +187,11 @@ struct Consumer {
     for (; count > 0; --count, ++keys) {
       take_turn();
       pass_turn();
-      barrier_wait(shared.k_full[S::stage(keys)], S::parity(keys));
-      barrier_wait(shared.v_full[S::stage(keys)], S::parity(keys));
+      barrier_wait(shared.stages[S::stage(keys)].k_full, S::parity(keys));
+      barrier_wait(shared.stages[S::stage(keys)].v_full, S::parity(keys));
       __syncwarp();
-      release(shared.k_empty[S::stage(keys)]);
-      release(shared.v_empty[S::stage(keys)]);
+      release(shared.stages[S::stage(keys)].k_empty);
+      release(shared.stages[S::stage(keys)].v_empty);
     }
   }
 
@@ -198,42 +200,42 @@ struct Consumer {
     Scored s;
     Probabilities p;
     float alpha[2];
-    const int last = keys + count;
+    const unsigned last = keys + count;
 #pragma unroll 1
     for (bool first = true; keys < last; first = false, n0 += S::BLOCK_N) {
-      const int k = S::stage(keys), v = S::stage(keys - 1);
-      barrier_wait(shared.k_full[k], S::parity(keys));
+      const unsigned k = S::stage(keys), v = S::stage(keys - 1);
+      barrier_wait(shared.stages[k].k_full, S::parity(keys));
       take_turn();
       multiply_qk(s, k);
       if (first) {
         pass_turn();
         wgmma_wait<0>();
       } else {
-        barrier_wait(shared.v_full[v], S::parity(keys - 1));
+        barrier_wait(shared.stages[v].v_full, S::parity(keys - 1));
         multiply_pv(state, p, v);
         pass_turn();
         wgmma_wait<1>();
       }
       pin(s);
-      release(shared.k_empty[k]);
+      release(shared.stages[k].k_empty);
       finish_scores(s, n0);
       softmax(state, s, alpha);
       if (!first) {
         wgmma_wait<0>();
         pin(state.acc);
-        release(shared.v_empty[v]);
+        release(shared.stages[v].v_empty);
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; ++i) state.acc[i] *= alpha[i / 2 % 2];
       }
       round(p, s);
       ++keys;
     }
-    const int v = S::stage(keys - 1);
-    barrier_wait(shared.v_full[v], S::parity(keys - 1));
+    const unsigned v = S::stage(keys - 1);
+    barrier_wait(shared.stages[v].v_full, S::parity(keys - 1));
     multiply_pv(state, p, v);
     wgmma_wait<0>();
     pin(state.acc);
-    release(shared.v_empty[v]);
+    release(shared.stages[v].v_empty);
   }
 
   // Where this lane's row of matrices of columns d to d + 15 of out lies.
@@ -300,7 +302,7 @@ struct Consumer {
 #pragma unroll
     for (int d = HEAD_DIM; d < S::COLUMN_TILES * COLUMNS; d += 16)  // TMA reads them, and writes them nowhere
       store_matrices(out_address(d), {0, 0, 0, 0});
-    for (; blockIdx.x + tiles * gridDim.x < order.total; ++tiles) {
+    for (; blockIdx.x + tiles * gridDim.x < unsigned(order.total); ++tiles) {
       barrier_wait(shared.q_full, tiles % 2);
       State<S> state;
 #pragma unroll
@@ -337,10 +339,10 @@ __global__ void __launch_bounds__(S::THREADS)
     barrier_init(shared.q_full, 1);
     barrier_init(shared.q_empty, 4 * S::CONSUMERS);
     for (int i = 0; i < S::STAGES; ++i) {
-      barrier_init(shared.k_full[i], 1);
-      barrier_init(shared.v_full[i], 1);
-      barrier_init(shared.k_empty[i], 4 * S::CONSUMERS);
-      barrier_init(shared.v_empty[i], 4 * S::CONSUMERS);
+      barrier_init(shared.stages[i].k_full, 1);
+      barrier_init(shared.stages[i].v_full, 1);
+      barrier_init(shared.stages[i].k_empty, 4 * S::CONSUMERS);
+      barrier_init(shared.stages[i].v_empty, 4 * S::CONSUMERS);
     }
     fence_barrier_init();
   }

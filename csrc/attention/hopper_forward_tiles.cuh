@@ -33,8 +33,8 @@ struct Shape {
   static constexpr int COLUMN_TILES = (HEAD_DIM + COLUMNS - 1) / COLUMNS;
 
   // Of the k-th tile of keys: its buffer, and the parity of the phase of the buffer's barriers.
-  static __device__ __forceinline__ int stage(int k) { return k % STAGES; }
-  static __device__ __forceinline__ uint32_t parity(int k) { return k / STAGES % 2; }
+  static __device__ __forceinline__ unsigned stage(unsigned k) { return k % STAGES; }
+  static __device__ __forceinline__ uint32_t parity(unsigned k) { return k / STAGES % 2; }
 };
 
 // The keys that a warpgroup's rows see, [lo, hi), and that all of them but those without a key see.
@@ -56,18 +56,21 @@ struct Work {
 
 // Of k or v: tiles of 64 columns, row after row.
 template <typename S>
-using Stages = typename S::Element[S::STAGES][S::COLUMN_TILES][S::BLOCK_N][COLUMNS];
+using KeyTile = typename S::Element[S::COLUMN_TILES][S::BLOCK_N][COLUMNS];
+
+// Full: TMA has written. Empty: all consumer warps have read.
+struct Barriers {
+  uint64_t k_full, k_empty, v_full, v_empty;
+};
 
 template <typename S>
 struct Shared {
   using T = typename S::Element;
   T q[S::COLUMN_TILES][S::BLOCK_M][COLUMNS];
   T out[S::COLUMN_TILES][S::BLOCK_M][COLUMNS];
-  Stages<S> k, v;
-  // Full: TMA has written. Empty: all consumer warps have read.
+  KeyTile<S> k[S::STAGES], v[S::STAGES];
+  Barriers stages[S::STAGES];
   uint64_t q_full, q_empty;  // of `work`, too
-  uint64_t k_full[S::STAGES], k_empty[S::STAGES];
-  uint64_t v_full[S::STAGES], v_empty[S::STAGES];
   Work<S> work[WORK_SLOTS];
 };
 

@@ -20,9 +20,9 @@
 namespace mmkernels {
 
 // PTX ISA, "Matrix Descriptor": bits 0-13 address, 16-29 leading and 32-45 stride byte offset, all in units
-// of 16 bytes; 62-63 swizzle, 1 for 128 bytes.
+// of 16 bytes; 62-63 swizzle, 1 for 128 bytes. A block's own shared memory ends below 2^18.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+  return uint64_t(address >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
          uint64_t(1) << 62;
 }
 
