@@ -1,4 +1,8 @@
-"""What only a GPU can show of the Triton kernels: real tiles, streams, graphs, and vast tensors."""
+"""What only a GPU can show of its kernels: real tiles, streams, graphs, and vast tensors.
+
+The CUDA kernels take no bias, sinks, ALiBi slopes or dropout; where they have no backward pass,
+Triton's follows them.
+"""
 
 import pytest
 import torch
@@ -8,13 +12,21 @@ pytest.importorskip("triton")
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels._core import values
+from mmkernels._core import library, values
+from mmkernels.attention import cuda
 from mmkernels.attention.interval import IntervalMask
 from tests.attention import backends, passes
 
 pytestmark = pytest.mark.gpu
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 S = 1000
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request) -> str:
+    if request.param == "cuda" and (reason := library.load_error()):
+        pytest.skip(reason)
+    return request.param
 
 
 def inputs(
@@ -31,9 +43,14 @@ def mask_of(name: str, seqlen: int, batch: int = 2) -> IntervalMask | None:
     return None if mask is None else mask.to("cuda")
 
 
-def both_passes(q: Tensor, k: Tensor, v: Tensor, **options: object) -> list[Tensor]:
+def mask_of_rows(mask: IntervalMask, rows: int) -> IntervalMask:
+    """The mask of the first rows."""
+    return IntervalMask(mask.start[:, :rows], mask.end[:, :rows], mask.seqlen_k)
+
+
+def both_passes(q: Tensor, k: Tensor, v: Tensor, backend: str, **options: object) -> list[Tensor]:
     """out, lse, dq, dk, dv and the gradients of bias and sinks where they are wanted."""
-    out, lse = mm.attention(q, k, v, return_lse=True, backend="triton", **options)
+    out, lse = mm.attention(q, k, v, return_lse=True, backend=backend, **options)
     wanted = [x for x in (q, k, v, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
     finite = lse.where(lse > -torch.inf, 0.0)
     return [out, lse, *torch.autograd.grad((out, finite), wanted, (out.detach(), finite.detach()))]
@@ -44,9 +61,16 @@ def both_passes(q: Tensor, k: Tensor, v: Tensor, **options: object) -> list[Tens
 
 @HALF
 @pytest.mark.parametrize("mask", ["none", "causal", "prefix-LM", "documents", "ragged"])
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_real_tiles_obey_the_error_rule(head_dim, mask, dtype):
-    passes.check((2, S, S, 4, 2, head_dim, head_dim), mask, dtype, "triton", "triton")
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("forward", "backward"), [("triton", "triton"), ("cuda", "cuda"), ("cuda", "triton")]
+)
+def test_real_tiles_obey_the_error_rule(head_dim, mask, dtype, forward, backward):
+    if "cuda" in (forward, backward) and (reason := library.load_error()):
+        pytest.skip(reason)
+    if forward == "cuda" and head_dim not in cuda.HEAD_DIMS:
+        pytest.skip("the CUDA kernels have no such head dim")
+    passes.check((2, S, S, 4, 2, head_dim, head_dim), mask, dtype, forward, backward)
 
 
 @HALF
@@ -62,27 +86,42 @@ def test_float32_is_ieee(head_dim):
     passes.check(sizes, "causal", torch.float32, "triton", "triton")
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_nan_behind_a_mask_reaches_nobody(head_dim, backend):
+    """Hopper's forward kernel leaves rows that it may have reached to the portable one."""
+    q, k, v = (x.detach() for x in inputs(S, head_dim))
+    mask = mask_of("documents", S)
+    hidden = ~mask.to_dense()[:, : S // 2].any(1)  # keys that none of the first rows sees
+    assert hidden.any()
+    dirty = [x.masked_fill(hidden[..., None, None].to(x.device), torch.nan) for x in (k, v)]
+    out = mm.attention(q[:, : S // 2], *dirty, mask=mask_of_rows(mask, S // 2), backend=backend)
+    wanted = mm.attention(q[:, : S // 2], k, v, mask=mask_of_rows(mask, S // 2), backend=backend)
+    torch.testing.assert_close(out, wanted, rtol=2**-6, atol=2**-9)
+
+
 # The same bits
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "documents", "ragged"])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_every_run_gives_the_same_bits(head_dim, mask):
+def test_every_run_gives_the_same_bits(head_dim, mask, backend):
     q, k, v = inputs(S, head_dim)
-    bias = torch.randn(1, 4, 1, S, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    sinks = torch.randn(4, device="cuda", requires_grad=True)
-    options = {"mask": mask_of(mask, S), "bias": bias, "sinks": sinks}
-    first = both_passes(q, k, v, **options)
-    assert len(first) == 7
+    options = {"mask": mask_of(mask, S)}
+    if backend == "triton":
+        bias = torch.randn(1, 4, 1, S, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        options |= {"bias": bias, "sinks": torch.randn(4, device="cuda", requires_grad=True)}
+    first = both_passes(q, k, v, backend, **options)
+    assert len(first) == 4 + len(options)
     for _ in range(5):
-        for one, other in zip(first, both_passes(q, k, v, **options), strict=True):
+        for one, other in zip(first, both_passes(q, k, v, backend, **options), strict=True):
             assert torch.equal(one, other)
 
 
-def test_a_batch_element_does_not_depend_on_the_others():
+def test_a_batch_element_does_not_depend_on_the_others(backend):
     q, k, v = inputs(S, 64, batch=3)
-    whole = both_passes(q, k, v, causal=True)
-    alone = both_passes(*(x.detach()[1:2].requires_grad_() for x in (q, k, v)), causal=True)
+    whole = both_passes(q, k, v, backend, causal=True)
+    one = (x.detach()[1:2].requires_grad_() for x in (q, k, v))
+    alone = both_passes(*one, backend, causal=True)
     for one, other in zip(alone, whole, strict=True):
         assert torch.equal(one, other[1:2])
 
@@ -91,7 +130,7 @@ def test_a_batch_element_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("built", ["inside", "outside"])
-def test_a_captured_graph_replays_with_new_inputs_and_bounds(built):
+def test_a_captured_graph_replays_with_new_inputs_and_bounds(built, backend):
     seqlen = 513
     q, k, v = inputs(seqlen, 64)
     dout = torch.randn_like(q)
@@ -100,7 +139,7 @@ def test_a_captured_graph_replays_with_new_inputs_and_bounds(built):
 
     def run() -> list[Tensor]:
         seen = IntervalMask(*bounds, seqlen) if built == "inside" else mask
-        out, lse = mm.attention(q, k, v, mask=seen, return_lse=True, backend="triton")
+        out, lse = mm.attention(q, k, v, mask=seen, return_lse=True, backend=backend)
         return [out, lse, *torch.autograd.grad(out, (q, k, v), dout)]
 
     # Kernels are compiled, and allocations made, before the capture.
@@ -173,17 +212,20 @@ def spread(x: Tensor, dim: int) -> Tensor:
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "rows", "heads"])
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout", "bias"])
-def test_offsets_beyond_31_bits(which, dim):
+def test_offsets_beyond_31_bits(which, dim, backend):
     needs(12)
+    if which == "bias" and backend == "cuda":
+        pytest.skip("the CUDA kernels take no bias")
     tensors = dict(zip("qkv", inputs(300, 64), strict=True))
     tensors |= {"dout": torch.randn_like(tensors["q"])}
-    tensors |= {"bias": torch.randn(2, 4, 300, 300, dtype=torch.bfloat16, device="cuda")}
+    if backend == "triton":
+        tensors["bias"] = torch.randn(2, 4, 300, 300, dtype=torch.bfloat16, device="cuda")
     place = {0: 0, 1: 2, 2: 1}[dim] if which == "bias" else dim  # (B, H, Sq, Sk)
 
     def run(tensors: dict[str, Tensor]) -> list[Tensor]:
         q, k, v = (tensors[name].detach().requires_grad_() for name in "qkv")
         out, lse = mm.attention(
-            q, k, v, bias=tensors["bias"], causal=True, return_lse=True, backend="triton"
+            q, k, v, bias=tensors.get("bias"), causal=True, return_lse=True, backend=backend
         )
         return [out, lse, *torch.autograd.grad(out, (q, k, v), tensors["dout"])]
 
@@ -193,13 +235,13 @@ def test_offsets_beyond_31_bits(which, dim):
         torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-2)
 
 
-def test_results_of_more_than_2_to_the_31_elements():
+def test_results_of_more_than_2_to_the_31_elements(backend):
     """Every row sees the key at its place, so out is v."""
     needs(16)
     rows, heads = 2**20, 33
     q = torch.randn(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda").expand(1, rows, heads, -1)
     k, v = (torch.randn(1, rows, 1, 64, dtype=torch.bfloat16, device="cuda") for _ in "kv")
-    out = mm.attention(q, k, v, window_size=(0, 0), backend="triton")
+    out = mm.attention(q, k, v, window_size=(0, 0), backend=backend)
     assert out.numel() > BEYOND
     for head in (0, heads - 1):
         for part in (slice(0, 1000), slice(rows - 1000, rows)):
@@ -209,9 +251,9 @@ def test_results_of_more_than_2_to_the_31_elements():
 # Streams
 
 
-def test_two_streams_at_once():
+def test_two_streams_at_once(backend):
     problems = [inputs(S, 64, seed=seed) for seed in range(2)]
-    wanted = [both_passes(*problem, causal=True) for problem in problems]
+    wanted = [both_passes(*problem, backend, causal=True) for problem in problems]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in problems]
     copies = [
@@ -225,7 +267,7 @@ def test_two_streams_at_once():
             with torch.no_grad():
                 for x, y in zip(late, problem, strict=True):
                     x.copy_(y)
-            got.append(both_passes(*late, causal=True))
+            got.append(both_passes(*late, backend, causal=True))
     torch.cuda.synchronize()
     for results, expected in zip(got, wanted, strict=True):
         for one, other in zip(results, expected, strict=True):
@@ -235,17 +277,21 @@ def test_two_streams_at_once():
 # Synchronisation
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options: object) -> None:
+def packed(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, cu_seqlens: Tensor, **options: object
+) -> None:
     q, k, v = (x.detach()[0].requires_grad_() for x in (q, k, v))
     arguments = (q, k, v, cu_seqlens, cu_seqlens, S, S)
-    out = mm.attention_varlen(*arguments, backend="triton", **options)
+    out = mm.attention_varlen(*arguments, backend=backend, **options)
     torch.autograd.grad(out, (q, k, v), out.detach())
 
 
-def decoded(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, **options: object) -> None:
+def decoded(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, lengths: Tensor, **options: object
+) -> None:
     q, k, v = (x.detach() for x in (q, k, v))
     new = k[:, :1], v[:, :1]
-    mm.attention_with_kvcache(q[:, :1], k, v, *new, lengths, backend="triton", **options)
+    mm.attention_with_kvcache(q[:, :1], k, v, *new, lengths, backend=backend, **options)
 
 
 # Name -> what is called, and its options, on the CPU.
@@ -269,14 +315,16 @@ CALLS = {
 
 @pytest.mark.skipif(values.ALWAYS, reason="MMKERNELS_CHECK=1 reads values")
 @pytest.mark.parametrize("call", CALLS)
-def test_no_call_waits_for_the_gpu(call):
+def test_no_call_waits_for_the_gpu(call, backend):
+    if backend == "cuda" and call in ("dense mask", "scores", "bias", "dropout", "decode"):
+        pytest.skip("the CUDA kernels serve no such call")
     function, options = CALLS[call]()
     options = backends.moved(options, "cuda")
     q, k, v = inputs(S, 64)
-    function(q, k, v, **options)  # compiles
+    function(q, k, v, backend, **options)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        function(q, k, v, **options)
+        function(q, k, v, backend, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
