@@ -329,7 +329,7 @@ struct Consumer {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(S::THREADS)
+__global__ void __launch_bounds__(S::THREADS, 1)
     attention_forward_kernel(const __grid_constant__ AttentionForward p, const __grid_constant__ Maps maps,
                              Scores scores, Order order) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -97,7 +97,6 @@ __device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward&
     work.kv_h = at.h / (p.heads / p.kv_heads);
     work.m0 = at.m0;
   }
-  int lo = INT_MAX, hi = 0;
 #pragma unroll 1
   for (int group = 0; group < S::CONSUMERS; ++group) {
     KeyRange range = {INT_MAX, 0, 0, INT_MAX};
@@ -114,11 +113,15 @@ __device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward&
     range.hi = __reduce_max_sync(~0u, range.hi);
     range.full_lo = __reduce_max_sync(~0u, range.full_lo);
     range.full_hi = __reduce_min_sync(~0u, range.full_hi);
-    lo = min(lo, range.lo);
-    hi = max(hi, range.hi);
     if (threadIdx.x % 32 == 0) work.ranges[group] = range;
   }
   if (threadIdx.x % 32 == 0) {
+    int lo = INT_MAX, hi = 0;
+#pragma unroll
+    for (const KeyRange& range : work.ranges) {
+      lo = min(lo, range.lo);
+      hi = max(hi, range.hi);
+    }
     work.lo = lo;
     work.count = max((hi - lo + S::BLOCK_N - 1) / S::BLOCK_N, 0);
   }
