@@ -31,7 +31,7 @@ PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal test-oldest test-transformers bench bench-report lint format clean
+.PHONY: help demo test test-all test-minimal test-oldest test-transformers gpu bench bench-report lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -61,6 +61,10 @@ test-transformers: $(WITH_TRANSFORMERS:%=%/.installed)  ## the tests of transfor
 test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Triton that they support
 	$(OLDEST)/bin/python -m pytest -m "interpreter and not slow and not gpu" $(PARALLEL) $(ARGS)
 	TRITON_INTERPRET=0 $(OLDEST)/bin/python -m pytest -m "compiled and not slow and not gpu" $(PARALLEL) $(ARGS)
+
+# Offline, with the Python that is there: torch, triton, numpy and pytest are all that it needs.
+gpu:  ## run what needs a GPU, into the folder OUT; STEP=tests or STEP=sanitize for one part
+	$(PYTHON) -m tools.gpu $(STEP)
 
 bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
 	@mkdir -p $(dir $(BENCH_JSON))
