@@ -48,6 +48,11 @@ __device__ __forceinline__ void load_tile(KeyTile<S>& tile, const CUtensorMap& m
 template <typename S>
 __device__ __forceinline__ void produce(Shared<S>& shared, const AttentionForward& p, const Maps& maps,
                                         const Order& order) {
+  if (threadIdx.x == 0) {
+    prefetch_descriptor(maps.q);
+    prefetch_descriptor(maps.k);
+    prefetch_descriptor(maps.v);
+  }
   unsigned keys = 0;  // tiles of keys sent for
 #pragma unroll 1
   for (unsigned tiles = 0; blockIdx.x + tiles * gridDim.x < unsigned(order.total); ++tiles) {
@@ -324,7 +329,8 @@ struct Consumer {
       store(state, p, maps);
       pass_over(work().count - last);
     }
-    if (group == 0) take_turn();  // back, from the last warpgroup
+    if (group == 0) take_turn();                              // back, from the last warpgroup
+    if (threadIdx.x % WARPGROUP == 0) tma_store_wait_read();  // before the block's memory is another's
   }
 };
 

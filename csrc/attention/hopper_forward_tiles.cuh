@@ -125,6 +125,7 @@ __device__ __forceinline__ void find_work(Work<S>& work, const AttentionForward&
     work.lo = lo;
     work.count = max((hi - lo + S::BLOCK_N - 1) / S::BLOCK_N, 0);
   }
+  __syncwarp();  // or the lane that arrives for all would not release what the others wrote
 }
 
 }  // namespace mmkernels::hopper

@@ -75,8 +75,8 @@ def test_every_width_and_dtype(arch, head_dim, dtype, mask):
     check(qkv(SHAPE, head_dim, dtype), testing.MASKS[mask](*SHAPE[:3]), arch=arch)
 
 
-@pytest.mark.parametrize("seqlen_k", [1, 63, 64, 65, 128, 129])
-@pytest.mark.parametrize("seqlen_q", [1, 127, 128, 129])
+@pytest.mark.parametrize("seqlen_k", [1, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("seqlen_q", [1, 127, 128, 129, 193])
 def test_lengths_around_a_tile(arch, seqlen_q, seqlen_k):
     check(qkv((1, seqlen_q, seqlen_k, 1, 1), 64), arch=arch)
 
