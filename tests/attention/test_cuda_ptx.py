@@ -81,6 +81,15 @@ def test_lengths_around_a_tile(arch, seqlen_q, seqlen_k):
     check(qkv((1, seqlen_q, seqlen_k, 1, 1), 64), arch=arch)
 
 
+@pytest.mark.parametrize("edge", [127, 128, 129])
+def test_ranges_of_keys_around_a_tile(arch, edge):
+    """64 rows, those of a warpgroup of the Hopper kernel, see keys from or up to the edge alone."""
+    rows = torch.arange(128) // 64
+    for start, end in ((rows * edge, 300 - rows), (0 * rows, 300 - rows * (300 - edge))):
+        mask = IntervalMask(start.int()[None], end.int()[None], 300)
+        check(qkv((1, 128, 300, 1, 1), 128), mask, arch=arch)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (5, 1)])
 def test_heads(arch, heads, kv_heads):
     shape = (2, 70, 70, heads, kv_heads)
