@@ -90,6 +90,11 @@ def test_ranges_of_keys_around_a_tile(arch, edge):
         check(qkv((1, 128, 300, 1, 1), 128), mask, arch=arch)
 
 
+def test_rows_without_keys_among_rows_with_many(arch):
+    end = torch.where(torch.arange(130) % 3 == 1, 0, 300).int()[None]
+    check(qkv((1, 130, 300, 2, 1), 64), IntervalMask(torch.zeros_like(end), end, 300), arch=arch)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (5, 1)])
 def test_heads(arch, heads, kv_heads):
     shape = (2, 70, 70, heads, kv_heads)
