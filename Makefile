@@ -31,7 +31,7 @@ PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal test-oldest test-transformers gpu bench bench-report lint format clean
+.PHONY: help demo test test-all test-minimal test-oldest test-wheel test-transformers gpu wheel bench bench-report lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -58,6 +58,10 @@ test-transformers: $(WITH_TRANSFORMERS:%=%/.installed)  ## the tests of transfor
 	  $$venv/bin/python -m pytest tests/integrations -m "not slow and not gpu and not compiled" $(PARALLEL) $(ARGS) || exit; \
 	done
 
+# The kernels are compiled once, for the development environment's torch, and loaded into the other one's, too.
+test-wheel: $(VENV)/.installed $(MINIMAL)/.installed  ## build the compiled wheel, audit it, load it in both environments
+	MMKERNELS_OTHER_PYTHONS=$(MINIMAL)/bin/python $(VENV)/bin/python -m pytest tests/test_wheel.py $(ARGS)
+
 test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Triton that they support
 	$(OLDEST)/bin/python -m pytest -m "interpreter and not slow and not gpu" $(PARALLEL) $(ARGS)
 	TRITON_INTERPRET=0 $(OLDEST)/bin/python -m pytest -m "compiled and not slow and not gpu" $(PARALLEL) $(ARGS)
@@ -65,6 +69,11 @@ test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Tr
 # Offline, with the Python that is there: torch, triton, numpy and pytest are all that it needs.
 gpu:  ## run what needs a GPU, into the folder OUT; STEP=tests or STEP=sanitize for one part
 	$(PYTHON) -m tools.gpu $(STEP)
+
+wheel: $(VENV)/.installed  ## dist/: the compiled wheel, audited and tagged; needs nvcc
+	rm -rf dist
+	MMKERNELS_BUILD_CUDA=1 $(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(VENV)/bin/python -m tools.abi_audit dist/*.whl
 
 bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
 	@mkdir -p $(dir $(BENCH_JSON))

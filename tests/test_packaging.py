@@ -2,9 +2,7 @@
 
 import email
 import re
-import shutil
 import subprocess
-import sys
 import sysconfig
 import tarfile
 import venv
@@ -15,45 +13,35 @@ import pytest
 from packaging.requirements import Requirement
 
 import mmkernels
+from tests.distributions import PIP, ROOT, build_sdist, run
 
-ROOT = Path(mmkernels.__file__).parent.parent
 EXTRAS = {"triton", "transformers", "models", "serve", "bench", "dev"}
 
 if not (ROOT / "pyproject.toml").exists():
     pytest.skip("mmkernels is not imported from a source tree", allow_module_level=True)
 
 
-def run(*command: object, cwd: Path) -> str:
-    """The command's output; on failure all that it printed."""
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    """Built in a copy, so that nothing is left in the source tree."""
-    tree = tmp_path_factory.mktemp("sdist") / "tree"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "build", "dist", "*.egg-info"
-    )
-    shutil.copytree(ROOT, tree, ignore=ignored)
-    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
-    run(sys.executable, "-c", build, cwd=tree)
-    (archive,) = (tree / "dist").iterdir()
-    return archive
+    return build_sdist(tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist) -> Path:
-    """Built from the sdist in an environment of its own, where there is no torch."""
-    folder = sdist.parent.parent / "wheel"
-    pip = [sys.executable, "-m", "pip"]
-    run(*pip, "wheel", "--no-deps", "--wheel-dir", folder, sdist, cwd=sdist.parent)
-    (archive,) = folder.iterdir()
-    return archive
+def build(sdist, tmp_path_factory) -> tuple[Path, str]:
+    """A wheel built from the sdist in an environment of its own, without torch; what pip said."""
+    folder = tmp_path_factory.mktemp("wheel")
+    setuptools = (*PIP, "download", "--no-deps", "--dest", folder / "setuptools", "setuptools>=77")
+    if subprocess.run(setuptools, capture_output=True).returncode != 0:
+        pytest.skip("pip reaches no index for setuptools, with which isolated builds begin")
+    wheel = (*PIP, "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, sdist)
+    said = run(*wheel, cwd=folder)
+    (archive,) = folder.glob("mmkernels-*")
+    return archive, said
+
+
+@pytest.fixture(scope="module")
+def wheel(build) -> Path:
+    return build[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +64,9 @@ def test_sdist_holds_what_a_developer_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert sources() <= names
+    compiled = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert {Path(name).suffix for name in compiled} == {".cpp", ".cu", ".cuh", ".h"}
+    assert compiled | {"setup.py"} <= names
     assert {"LICENSE", "Makefile", "constraints.txt", "tests/test_packaging.py"} <= names
 
 
@@ -86,6 +77,13 @@ def test_wheel_is_pure_python_and_holds_the_package_only(wheel):
     assert "mmkernels/py.typed" in names
     packaged = {name for name in names if ".dist-info/" not in name}
     assert packaged == sources()
+
+
+def test_a_build_without_torch_says_why_it_compiles_nothing(build):
+    said = {line.strip() for line in build[1].splitlines() if "mmkernels: " in line}
+    (line,) = said
+    assert "extension not built: torch does not import here" in line
+    assert "--no-build-isolation" in line
 
 
 def test_base_dependencies_are_torch_and_numpy(metadata):
@@ -101,8 +99,7 @@ def test_extras(metadata):
 def test_installed_wheel_imports_and_runs(wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     # torch comes from this environment, behind the throw-away one.
     code = f"""
 import sys
