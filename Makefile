@@ -60,7 +60,7 @@ test-transformers: $(WITH_TRANSFORMERS:%=%/.installed)  ## the tests of transfor
 
 # The kernels are compiled once, for the development environment's torch, and loaded into the other one's, too.
 test-wheel: $(VENV)/.installed $(MINIMAL)/.installed  ## build the compiled wheel, audit it, load it in both environments
-	MMKERNELS_OTHER_PYTHONS=$(MINIMAL)/bin/python $(VENV)/bin/python -m pytest tests/test_wheel.py $(ARGS)
+	MMKERNELS_OTHER_PYTHONS=$(CURDIR)/$(MINIMAL)/bin/python $(VENV)/bin/python -m pytest tests/test_wheel.py $(ARGS)
 
 test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Triton that they support
 	$(OLDEST)/bin/python -m pytest -m "interpreter and not slow and not gpu" $(PARALLEL) $(ARGS)

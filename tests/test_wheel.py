@@ -63,7 +63,7 @@ def test_audit_finds_no_fault_and_names_the_oldest_linux(wheel, tmp_path):
     (tagged,) = tmp_path.iterdir()
     found = re.fullmatch(r"mmkernels-.*-py3-none-manylinux_2_(\d+)_(\w+)\.whl", tagged.name)
     assert found and found[2] == platform.machine()
-    # A glibc newer than 2.36 has newer functions in place of some that the static CUDA runtime calls.
+    # A glibc newer than 2.36 puts newer functions in place of some that CUDA's runtime calls.
     here = int(platform.libc_ver()[1].split(".")[1])
     assert int(found[1]) == 34 or here > 36
     run(*PIP, "install", "--dry-run", "--no-deps", "--no-index", tagged, cwd=tmp_path)
