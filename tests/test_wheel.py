@@ -33,8 +33,8 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     sdist = build_sdist(tmp_path_factory.mktemp("sdist"))
     wanted = {"MMKERNELS_BUILD_CUDA": "1", "MMKERNELS_INSTANCES": "ci", "TORCH_CUDA_ARCH_LIST": ""}
-    pip = (*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist)
-    run(*pip, cwd=folder, **wanted)  # five minutes at most
+    pip = (*PIP, "wheel", "--no-cache-dir", "--no-deps", "--no-build-isolation")
+    run(*pip, "--wheel-dir", folder, sdist, cwd=folder, **wanted)  # five minutes at most
     (archive,) = folder.iterdir()
     return archive
 
