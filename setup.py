@@ -6,7 +6,8 @@ and every torch from TARGET on, built for CUDA or not. Without it the package is
     MMKERNELS_BUILD_CUDA    auto (default): build if torch, ninja and nvcc are at hand; 0: never;
                             1: fail if they are not
     MMKERNELS_INSTANCES     all (default), or ci: bfloat16 kernels of head dims 64 and 128 only
-    TORCH_CUDA_ARCH_LIST    GPUs to compile for; those older than 8.0 are passed over
+    TORCH_CUDA_ARCH_LIST    GPUs to compile for, as torch spells them, or native for those that are
+                            here; older ones than 8.0 are passed over
     CUDA_HOME, MAX_JOBS     as for every extension of torch
 
 By default the kernels are compiled for 8.0, which 8.6 and 8.9 run too, with its PTX for 10.0 and
@@ -139,7 +140,7 @@ def extension(sources: list[Path], names: list[str]) -> tuple[list, dict]:
         "mmkernels._C",
         ["csrc/ops.cpp", *map(str, ops), *map(str, sources)],
         include_dirs=[str(CSRC), f"{home}/include"],
-        library_dirs=[f"{home}/lib64"],
+        library_dirs=[f"{home}/lib64", f"{home}/lib"],
         extra_compile_args={
             "cxx": ["-O2", "-std=c++17", "-Wall", "-fvisibility=hidden", target],
             "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"],
