@@ -81,9 +81,9 @@ def hopper_faults(code: MachineCode) -> list[str]:
 def wgmma_faults(ptx: str) -> list[str]:
     """Where kernels use wgmma without what makes its results seen.
 
-    Each group of products has a wgmma.fence before it and a wgmma.commit_group behind it, and after
-    the last one comes a wgmma.wait_group that leaves none pending. Instructions are taken in the
-    order of the text, in which nvcc leaves inline assembly.
+    Each group of products has one wgmma.fence before it and a wgmma.commit_group behind it, and
+    after the last one comes a wgmma.wait_group that leaves none pending. Instructions are taken in
+    the order of the text, in which nvcc leaves inline assembly.
     """
     found = []
     for kernel in re.split(r"\.entry\s+", ptx)[1:]:
@@ -92,6 +92,10 @@ def wgmma_faults(ptx: str) -> list[str]:
         wrong = []
         for step, left in steps:
             if step == "fence":
+                if issued:
+                    wrong.append(
+                        "products without a wgmma.commit_group before the next wgmma.fence"
+                    )
                 fenced = True
             elif step == "mma_async":
                 if not fenced:

@@ -81,6 +81,7 @@ WAIT = "wgmma.wait_group.sync.aligned 0;\n"
         (f"{GROUP}$L: {GROUP}{WAIT.replace('0', '1')}@%p bra $L;{WAIT}", None),
         (GROUP + GROUP.replace("wgmma.fence", "// ") + WAIT, "wgmma.fence before"),
         (GROUP.replace("wgmma.commit_group", "// ") + WAIT, "before its group's"),
+        (GROUP.replace("wgmma.commit_group", "// ") + GROUP + WAIT, "before the next wgmma.fence"),
         (GROUP.replace("wgmma.commit_group", "// "), "wgmma.commit_group behind"),
         (WAIT + GROUP, "wgmma.wait_group 0 behind"),
         (GROUP + WAIT.replace("0", "1"), "wgmma.wait_group 0 behind"),

@@ -61,12 +61,18 @@ def plan(machine, capfd):
     return run
 
 
+def broken_torch(machine: pytest.MonkeyPatch, folder: Path) -> None:
+    (folder / "torch.py").write_text("raise ImportError('a file\\n\\nis missing')")
+    machine.delitem(sys.modules, "torch")
+    machine.syspath_prepend(folder)
+
+
 REFUSALS = {
     "it is built on Linux only, and this is darwin": (
         lambda machine, _: machine.setattr(sys, "platform", "darwin")
     ),
-    "torch does not import here (import of torch halted; None in sys.modules); install it": (
-        lambda machine, _: machine.setitem(sys.modules, "torch", None)
+    "torch does not import here (a file is missing); install it and use --no-build-isolation": (
+        broken_torch
     ),
     "torch is 2.10.1+cu128; 2.11 or newer is needed": (
         lambda machine, _: machine.setattr(torch, "__version__", "2.10.1+cu128")
