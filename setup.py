@@ -145,7 +145,9 @@ def extension(sources: list[Path], names: list[str]) -> tuple[list, dict]:
             "cxx": ["-O2", "-std=c++17", "-Wall", "-fvisibility=hidden", target],
             "nvcc": ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"],
         },
-        extra_link_args=["-Wl,--as-needed", "-Wl,--exclude-libs,ALL"],
+        # libtorch gives no symbol itself, but in a torch for CUDA it leads to libtorch_cuda, where
+        # the current stream is found; nothing else of torch's is visible to the extension.
+        extra_link_args=["-Wl,--no-as-needed,-ltorch,--as-needed", "-Wl,--exclude-libs,ALL"],
         py_limited_api=True,
     )
     module.libraries = ["torch_cpu", "cudart_static", "rt", "dl", "pthread"]

@@ -86,9 +86,12 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(
+every_torch = pytest.mark.parametrize(
     "python", [sys.executable, *os.environ.get("MMKERNELS_OTHER_PYTHONS", "").split()]
 )
+
+
+@every_torch
 def test_package_loads_the_extension_without_a_gpu(python, installed):
     said = json.loads(run(python, "-c", LOADED, cwd=installed, PYTHONPATH=str(installed)))
     assert said == {
@@ -98,6 +101,25 @@ def test_package_loads_the_extension_without_a_gpu(python, installed):
         "built": [[True, False, True], [False] * 3],
         "reason": "q is on cpu; the CUDA kernels run on NVIDIA GPUs",
     }
+
+
+STREAM = "aoti_torch_get_current_cuda_stream"
+
+
+@every_torch
+def test_extension_finds_the_current_stream_where_torch_is_built_for_cuda(
+    python, installed, tmp_path
+):
+    """The symbol is weak, so that nothing else would tell before the first launch on a GPU."""
+    extension = installed / "mmkernels" / "_C.so"
+    code = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.version.cuda)"
+    loader = {"LD_DEBUG": "bindings", "LD_DEBUG_OUTPUT": str(tmp_path / "loader")}
+    cuda = run(python, "-c", code, extension, cwd=tmp_path, **loader).strip()
+    said = "".join(path.read_text(errors="replace") for path in tmp_path.glob("loader*"))
+    assert f"binding file {extension}" in said
+    bound = rf"binding file {re.escape(str(extension))} \[0\] to (\S+) .* symbol `{STREAM}'"
+    found = [Path(library).name for library in re.findall(bound, said)]
+    assert found == ([] if cuda == "None" else ["libtorch_cuda.so"])
 
 
 # torch.ops.mmkernels_cuda.attention_forward_built(64, True) through torch's stable C ABI.
@@ -129,7 +151,7 @@ def test_extension_loads_in_every_python_without_the_torch_package(installed):
     """What remains of torch then is a library without Python; the extension needs no more."""
     if len(others := pythons()) < 2:
         pytest.skip("no second Python from 3.10 on was found")
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = Path(torch.__file__).parent / "lib" / "libtorch.so"
     extension = installed / "mmkernels" / "_C.so"
     for version, python in others.items():
         said = run(python, "-c", CALLED, library, extension, cwd=installed)

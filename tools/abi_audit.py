@@ -22,7 +22,8 @@ from elftools.elf.elffile import ELFFile
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-FROM_TORCH = {"libtorch_cpu.so", "libc10.so"}  # in CPU and CUDA builds, loaded before the extension
+# In builds for the CPU and for CUDA, loaded before the extension.
+FROM_TORCH = {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
 PYTHON_SYMBOL = r"_?Py[A-Z_]"
 
 
