@@ -71,7 +71,7 @@ gpu:  ## run what needs a GPU, into the folder OUT; STEP=tests or STEP=sanitize 
 	$(PYTHON) -m tools.gpu $(STEP)
 
 wheel: $(VENV)/.installed  ## dist/: the compiled wheel, audited and tagged; needs nvcc
-	rm -rf dist
+	rm -rf build dist
 	MMKERNELS_BUILD_CUDA=1 $(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 	$(VENV)/bin/python -m tools.abi_audit dist/*.whl
 

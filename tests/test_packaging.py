@@ -1,6 +1,7 @@
 """The sdist, the wheel built from it, their metadata, and the pinned versions."""
 
 import email
+import os
 import re
 import subprocess
 import sysconfig
@@ -34,7 +35,7 @@ def build(sdist, tmp_path_factory) -> tuple[Path, str]:
     if subprocess.run(setuptools, capture_output=True).returncode != 0:
         pytest.skip("pip reaches no index for setuptools, with which isolated builds begin")
     pip = (*PIP, "wheel", "--no-cache-dir", "--no-deps", "--log", folder / "log")
-    run(*pip, "--wheel-dir", folder, sdist, cwd=folder)
+    run(*pip, "--wheel-dir", folder, sdist, cwd=folder, MMKERNELS_BUILD_CUDA="auto")
     (archive,) = folder.glob("mmkernels-*")
     return archive, (folder / "log").read_text()
 
@@ -83,6 +84,14 @@ def test_a_build_without_torch_says_why_it_compiles_nothing(build):
     (line,) = set(re.findall(r"mmkernels: extension .*", build[1]))
     assert "not built: torch does not import here" in line
     assert "--no-build-isolation" in line
+
+
+def test_a_build_without_torch_fails_where_an_extension_is_demanded(build, sdist, tmp_path):
+    pip = [*PIP, "wheel", "--no-cache-dir", "--no-deps", "--wheel-dir", tmp_path, sdist]
+    wanted = {**os.environ, "MMKERNELS_BUILD_CUDA": "1"}
+    done = subprocess.run(pip, env=wanted, capture_output=True, text=True)
+    assert done.returncode != 0 and not list(tmp_path.iterdir())
+    assert "mmkernels: MMKERNELS_BUILD_CUDA=1, but no extension can be built: torch" in done.stderr
 
 
 def test_base_dependencies_are_torch_and_numpy(metadata):
