@@ -91,7 +91,7 @@ def test_a_build_without_torch_fails_where_an_extension_is_demanded(build, sdist
     wanted = {**os.environ, "MMKERNELS_BUILD_CUDA": "1"}
     done = subprocess.run(pip, env=wanted, capture_output=True, text=True)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
-    assert "mmkernels: MMKERNELS_BUILD_CUDA=1, but no extension can be built: torch" in done.stderr
+    assert "mmkernels: extension not built: torch" in done.stderr
 
 
 def test_base_dependencies_are_torch_and_numpy(metadata):

@@ -83,23 +83,17 @@ REFUSALS = {
     "nvcc was not found; install the CUDA toolkit or set CUDA_HOME": (
         lambda machine, _: machine.setenv("CUDA_HOME", "/nowhere")
     ),
-    "/bin/nvcc does not say its release": (
+    "nvcc is of CUDA unknown; 12.5 or newer is needed": (
         lambda machine, path: machine.setenv("CUDA_HOME", toolkit(path / "broken", "error"))
     ),
     "nvcc is of CUDA 12.4; 12.5 or newer is needed": (
         lambda machine, path: machine.setenv("CUDA_HOME", toolkit(path / "old", "release 12.4, V"))
     ),
-    "nvcc is of CUDA 12, torch of CUDA 13.0; set CUDA_HOME to the latter": (
+    "nvcc is of CUDA 12.9, torch of CUDA 13.0; set CUDA_HOME to the latter": (
         lambda machine, path: machine.setenv("CUDA_HOME", toolkit(path / "12", "release 12.9, V"))
     ),
     "TORCH_CUDA_ARCH_LIST=7.0 7.5+PTX names no GPU from 8.0 on": (
         lambda machine, _: machine.setenv("TORCH_CUDA_ARCH_LIST", "7.0 7.5+PTX")
-    ),
-    "TORCH_CUDA_ARCH_LIST=native names no GPU from 8.0 on": (
-        lambda machine, _: (
-            machine.setenv("TORCH_CUDA_ARCH_LIST", "native"),
-            machine.setattr(torch.cuda, "device_count", lambda: 0),
-        )
     ),
 }
 
@@ -141,20 +135,17 @@ def test_a_wrong_choice_is_refused(name, known, machine, plan):
         ("8.0;9.0", "8.0 9.0a"),
         ("8.6 9.0+PTX", "8.6 9.0a 8.0+PTX"),
         ("7.0;7.5;8.6;9.0a;10.0+PTX", "8.6 9.0a 10.0+PTX"),
-        ("Hopper", "9.0a 8.0+PTX"),
-        ("native", "8.0 9.0a"),
+        ("Ampere", "Ampere"),
     ],
 )
 def test_gpus_to_compile_for(wanted, compiled, machine, plan):
     """And torch, which makes flags for nvcc of the list, takes it."""
-    machine.setattr(torch.cuda, "device_count", lambda: 3)
-    machine.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 0), (9, 0)].__getitem__)
     if wanted is not None:
         machine.setenv("TORCH_CUDA_ARCH_LIST", wanted)
     line, _ = plan()
     assert line.startswith(f"mmkernels: extension built for {compiled}")
     flags = " ".join(cpp_extension._get_cuda_arch_flags())
-    for name in compiled.split():
+    for name in compiled.replace("Ampere", "8.0 8.6+PTX").split():
         number = name.removesuffix("+PTX").replace(".", "")
         assert f"code=sm_{number}" in flags
         assert (f"code=compute_{number}" in flags) == name.endswith("+PTX")
