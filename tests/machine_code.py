@@ -75,7 +75,33 @@ def hopper_faults(code: MachineCode) -> list[str]:
     found = [line for line in code.said.splitlines() if re.search(REMARK, line)]
     sass = code.dump("-sass")
     found += [f"no {name}" for name in HOPPER_INSTRUCTIONS if not re.search(rf"\b{name}\b", sass)]
-    return found + wgmma_faults(code.dump("-ptx"))
+    ptx = code.dump("-ptx")
+    return found + wgmma_faults(ptx) + order_faults(ptx)
+
+
+# Instruction, what has to follow its last use, and why.
+FOLLOWS = (
+    (r"mbarrier\.init", r"fence\.mbarrier_init", "TMA may not know the barriers"),
+    (
+        r"cp\.async\.bulk\.commit_group",
+        r"cp\.async\.bulk\.wait_group",
+        "stores may outlast the block",
+    ),
+)
+
+
+def order_faults(ptx: str) -> list[str]:
+    """Where kernels lack an instruction whose absence the emulator does not notice."""
+    found = []
+    for kernel in re.split(r"\.entry\s+", ptx)[1:]:
+        name = re.match(r"\w+", kernel)
+        for first, then, why in FOLLOWS:
+            *_, last = ("", *re.split(first, kernel))
+            if re.search(first, kernel) and not re.search(then, last):
+                found.append(f"{name and name[0]}: {why}")
+        if len(re.findall(r"\bbarrier\.arrive\b", kernel)) and "barrier.sync" not in kernel:
+            found.append(f"{name and name[0]}: nobody waits for those that arrive")
+    return found
 
 
 def wgmma_faults(ptx: str) -> list[str]:

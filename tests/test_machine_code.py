@@ -96,3 +96,20 @@ def test_products_are_fenced_committed_and_waited_for(body, fault):
     found = machine_code.wgmma_faults("".join(kernels))
     assert all(each.startswith("this: ") for each in found)
     assert any(fault in each for each in found) if fault else not found
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("mbarrier.init a; mbarrier.init b; fence.mbarrier_init; bar.sync 0;", None),
+        ("mbarrier.init a; bar.sync 0;", "TMA may not know"),
+        ("mbarrier.init a; fence.mbarrier_init; mbarrier.init b;", "TMA may not know"),
+        ("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;", None),
+        ("cp.async.bulk.wait_group.read 0; cp.async.bulk.commit_group;", "may outlast"),
+        ("barrier.arrive 1, 2; barrier.sync 1, 2;", None),
+        ("barrier.arrive 1, 2;", "nobody waits"),
+    ],
+)
+def test_fences_and_waits_are_there(body, fault):
+    found = machine_code.order_faults(f".visible .entry this(){{ {body} }}")
+    assert [fault in each for each in found] == [True] if fault else not found
