@@ -26,6 +26,13 @@ __device__ __forceinline__ void copy_async_16(uint32_t target, const void* sourc
                : "memory");
 }
 
+// The same of 4 bytes, through the first-level cache.
+__device__ __forceinline__ void copy_async_4(uint32_t target, const void* source, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(source),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits for all of this thread's copies but those of the last `PENDING` groups.
