@@ -17,8 +17,7 @@ struct KeysShared {
   struct Stage {
     Row<T, HEAD_DIM> q[Block::COLS];
     Row<T, HEAD_DIM> dout[Block::COLS];
-    Query queries[Block::COLS];
-    int2 bounds[Block::COLS];  // start, end; in ragged tiles only
+    Queries<Block::COLS> queries;  // start and end in ragged tiles only
   };
   Row<T, HEAD_DIM> k[Block::ROWS];  // at the end dk
   Row<T, HEAD_DIM> v[Block::ROWS];  // at the end dv
@@ -104,15 +103,16 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
   if (local < Block::COLS) {
     const bool valid = row < walk.hi;
     const int64_t place = (int64_t(at.b) * p.heads + h) * p.seqlen_q + row;
-    copy_async_4(shared_address(&stage.queries[local].minus_lse), p.lse + place, valid);
-    copy_async_4(shared_address(&stage.queries[local].delta), p.delta + place, valid);
+    copy_async_4(shared_address(&stage.queries.minus_lse[local]), p.lse + place, valid);
+    copy_async_4(shared_address(&stage.queries.delta[local]), p.delta + place, valid);
     if (p.start == nullptr) {
-      stage.bounds[local] = make_int2(0, valid ? p.seqlen_k : 0);
+      stage.queries.start[local] = 0;
+      stage.queries.end[local] = valid ? p.seqlen_k : 0;
     } else if (step >= walk.full_steps()) {
       const int32_t* start = p.start + at.b * p.stride_start_b + row * p.stride_start_s;
-      copy_async_4(shared_address(&stage.bounds[local].x), start, valid);
+      copy_async_4(shared_address(&stage.queries.start[local]), start, valid);
       const int32_t* end = p.end + at.b * p.stride_end_b + row * p.stride_end_s;
-      copy_async_4(shared_address(&stage.bounds[local].y), end, valid);
+      copy_async_4(shared_address(&stage.queries.end[local]), end, valid);
     }
   }
   copy_async_commit();
@@ -130,15 +130,15 @@ __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysSha
     auto& stage = shared.stages[step % 2];
     copy_async_wait<0>();
     if (threadIdx.x < Block::COLS) {  // what this thread has copied
-      float& x = stage.queries[threadIdx.x].minus_lse;
-      x = Query::exponent(x);
+      float& x = stage.queries.minus_lse[threadIdx.x];
+      x = exponent_of_lse(x);
     }
     __syncthreads();  // the stage is there, and no warp reads the other one
     if (step + 1 < walk.steps()) load_queries(shared, p, walk, at, step + 1);
     Products<Block> s = {}, dp = {};
     multiply_transposed<Block, HEAD_DIM, T>(s, shared.k, stage.q);
     multiply_transposed<Block, HEAD_DIM, T>(dp, shared.v, stage.dout);
-    score_gradient<T, Block, true, MASKED>(s, dp, stage.queries, stage.bounds, at.n0, scores);
+    score_gradient<T, Block, true, MASKED>(s, dp, stage.queries, at.n0, scores);
     multiply<Block, HEAD_DIM, false, T>(state.dv, s, stage.dout);
     multiply<Block, HEAD_DIM, false, T>(state.dk, dp, stage.q);
   }

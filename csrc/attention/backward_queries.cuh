@@ -18,8 +18,7 @@ struct QueriesShared {
   };
   Row<T, HEAD_DIM> q[Block::ROWS];  // at the end dq
   Row<T, HEAD_DIM> dout[Block::ROWS];
-  Query queries[Block::ROWS];
-  int2 bounds[Block::ROWS];  // start, end; (0, 0) for a row without a key
+  Queries<Block::ROWS> queries;  // start and end are 0 in a row without a key
   Stage stages[2];
   int2 ranges[Block::WARPS];
 };
@@ -42,8 +41,10 @@ __device__ __forceinline__ Walk<QueriesBlock<HEAD_DIM>::COLS> walk_of_queries(Qu
   const bool empty = start >= end;
   if (local < Block::ROWS) {
     const int64_t place = (int64_t(b) * p.heads + h) * p.seqlen_q + row;
-    shared.bounds[local] = empty ? make_int2(0, 0) : make_int2(start, end);
-    shared.queries[local] = {Query::exponent(valid ? p.lse[place] : -INFINITY), valid ? p.delta[place] : 0.0f};
+    shared.queries.minus_lse[local] = exponent_of_lse(valid ? p.lse[place] : -INFINITY);
+    shared.queries.delta[local] = valid ? p.delta[place] : 0.0f;
+    shared.queries.start[local] = empty ? 0 : start;
+    shared.queries.end[local] = empty ? 0 : end;
   }
   // Keys that some row sees, and that all rows but those without a key see.
   const int2 some = block_range(shared.ranges, empty ? INT_MAX : start, empty ? 0 : end);
@@ -87,7 +88,7 @@ __device__ __forceinline__ void walk_keys(Gradient<QueriesBlock<HEAD_DIM>, HEAD_
     Products<Block> s = {}, dp = {};
     multiply_transposed<Block, HEAD_DIM, T>(s, shared.q, stage.k);
     multiply_transposed<Block, HEAD_DIM, T>(dp, shared.dout, stage.v);
-    score_gradient<T, Block, false, MASKED>(s, dp, shared.queries, shared.bounds, walk.at(step).y, scores);
+    score_gradient<T, Block, false, MASKED>(s, dp, shared.queries, walk.at(step).y, scores);
     multiply<Block, HEAD_DIM, CLEAN, T>(dq, dp, stage.k);
   }
 }
@@ -105,7 +106,7 @@ __device__ __forceinline__ bool not_finite(const Gradient<QueriesBlock<HEAD_DIM>
       bool bad = false;
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 8; ++d) bad |= !(fabsf(dq[r][d][i]) < INFINITY);
-      found |= bad && shared.bounds[row_of<Block>(r, i)].y > 0;
+      found |= bad && shared.queries.end[row_of<Block>(r, i)] > 0;
     }
   return found;
 }
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(QueriesBlock<HEAD_DIM>::THREADS)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = row_of<Block>(r, i);
-      const bool empty = shared.bounds[row].y == 0 || shared.queries[row].minus_lse == -INFINITY;
+      const bool empty = shared.queries.end[row] == 0 || shared.queries.minus_lse[row] == -INFINITY;
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 8; ++d) dq[r][d][i] = empty ? 0.0f : dq[r][d][i];
     }

@@ -54,13 +54,16 @@ struct Scores {
   }
 };
 
-// What a tile of scores needs to know of one query.
-struct Query {
-  float minus_lse;  // times log2(e); -inf where there is no key: the 2^-inf that such a row needs
-  float delta;
-
-  __device__ __forceinline__ static float exponent(float lse) { return lse == -INFINITY ? lse : -lse * LOG2E; }
+// What a tile of scores needs to know of its queries.
+template <int COUNT>
+struct Queries {
+  float minus_lse[COUNT];  // times log2(e); -inf where there is no key: the 2^-inf that such a row needs
+  float delta[COUNT];
+  int start[COUNT];
+  int end[COUNT];
 };
+
+__device__ __forceinline__ float exponent_of_lse(float lse) { return lse == -INFINITY ? lse : -lse * LOG2E; }
 
 // Which tile of which head a block takes. Of all heads `wave` run side by side, tile by tile, so that what
 // they stream stays in L2.
@@ -207,14 +210,15 @@ __device__ __forceinline__ void multiply(Gradient<Block, HEAD_DIM>& gradient, co
 // s becomes p and dp becomes ds, from raw products. KEYS: the staying rows are keys, the moving ones queries;
 // else the reverse. first_key: of the tile. A hidden p and its ds are 0, even if what they come from is NaN.
 template <typename T, class Block, bool KEYS, bool MASKED>
-__device__ __forceinline__ void score_gradient(Products<Block>& s, Products<Block>& dp, const Query* queries,
-                                               const int2* bounds, int first_key, const Scores& scores) {
+__device__ __forceinline__ void score_gradient(Products<Block>& s, Products<Block>& dp,
+                                               const Queries<KEYS ? Block::COLS : Block::ROWS>& queries,
+                                               int first_key, const Scores& scores) {
 #pragma unroll
   for (int r = 0; r < Block::ROW_TILES; ++r)
 #pragma unroll
     for (int n = 0; n < Block::COLS / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) dp[r][n][i] -= queries[KEYS ? col_of(n, i) : row_of<Block>(r, i)].delta;
+      for (int i = 0; i < 4; ++i) dp[r][n][i] -= queries.delta[KEYS ? col_of(n, i) : row_of<Block>(r, i)];
   if (scores.outer > 0.0f) {
 #pragma unroll
     for (int r = 0; r < Block::ROW_TILES; ++r)
@@ -234,12 +238,11 @@ __device__ __forceinline__ void score_gradient(Products<Block>& s, Products<Bloc
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = row_of<Block>(r, i), col = col_of(n, i);
-        float p = exp2_approx(fmaf(s[r][n][i], scores.c, queries[KEYS ? col : row].minus_lse));
+        const int query = KEYS ? col : row, key = first_key + (KEYS ? row : col);
+        float p = exp2_approx(fmaf(s[r][n][i], scores.c, queries.minus_lse[query]));
         float ds = p * dp[r][n][i];
         if constexpr (MASKED) {
-          const int2 seen = bounds[KEYS ? col : row];
-          const int key = first_key + (KEYS ? row : col);
-          if (key < seen.x || key >= seen.y) p = 0.0f;
+          if (key < queries.start[query] || key >= queries.end[query]) p = 0.0f;
           if (p == 0.0f) ds = 0.0f;
         }
         // float16 gets ds times softmax_scale, so that it overflows no sooner than dq and dk do.
