@@ -71,11 +71,9 @@ struct Position {
   int tile, head;
 
   __device__ __forceinline__ Position(int tiles, int heads, int wave) {
-    int block = blockIdx.x;
-    asm volatile("" : "+r"(block));  // computed anew where it is needed again, not kept in registers
-    const int first = block / (tiles * wave) * wave;
+    const int first = blockIdx.x / (tiles * wave) * wave;
     const int size = min(wave, heads - first);
-    const int rest = block - first * tiles;
+    const int rest = blockIdx.x - first * tiles;
     tile = rest / size;
     head = first + rest % size;
   }
@@ -242,7 +240,7 @@ __device__ __forceinline__ void score_gradient(Products<Block>& s, Products<Bloc
         float p = exp2_approx(fmaf(s[r][n][i], scores.c, queries.minus_lse[query]));
         float ds = p * dp[r][n][i];
         if constexpr (MASKED) {
-          if (key < queries.start[query] || key >= queries.end[query]) p = 0.0f;
+          if ((key < queries.start[query]) | (key >= queries.end[query])) p = 0.0f;
           if (p == 0.0f) ds = 0.0f;
         }
         // float16 gets ds times softmax_scale, so that it overflows no sooner than dq and dk do.
