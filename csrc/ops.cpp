@@ -11,12 +11,21 @@ STABLE_TORCH_LIBRARY(mmkernels_cuda, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? end, Tensor(a!) out, "
       "Tensor(b!) lse, Tensor(c!)? redo, float softmax_scale, float softcap) -> ()");
+  m.def("attention_backward_built(int head_dim, bool bfloat16) -> bool");
+  m.def("attention_delta(Tensor dout, Tensor out, Tensor? dlse, Tensor lse, Tensor(a!) delta) -> ()");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
+      "Tensor? start, Tensor? end, Tensor? row_start, Tensor? row_end, Tensor(a!) dq, Tensor(b!) dk, "
+      "Tensor(c!) dv, float softmax_scale, float softcap) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("attention_forward_built", TORCH_BOX(&mmkernels::attention_forward_built));
+  m.impl("attention_backward_built", TORCH_BOX(&mmkernels::attention_backward_built));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels_cuda, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&mmkernels::attention_forward));
+  m.impl("attention_delta", TORCH_BOX(&mmkernels::attention_delta));
+  m.impl("attention_backward", TORCH_BOX(&mmkernels::attention_backward));
 }
