@@ -28,8 +28,7 @@ __device__ __forceinline__ void copy_async_16(uint32_t target, const void* sourc
 
 // The same of 4 bytes, through the first-level cache.
 __device__ __forceinline__ void copy_async_4(uint32_t target, const void* source, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(source),
-               "r"(valid ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(target), "l"(source), "r"(valid ? 4 : 0)
                : "memory");
 }
 

@@ -28,13 +28,14 @@ __device__ __forceinline__ float sum_of_products(const T* x, const T* y) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(DELTA_THREADS) attention_delta_kernel(const __grid_constant__ AttentionDelta p,
-                                                                        int tiles) {
+__global__ void __launch_bounds__(DELTA_THREADS)
+    attention_delta_kernel(const __grid_constant__ AttentionDelta p, int tiles) {
   const int bh = blockIdx.x / tiles, b = bh / p.heads, h = bh % p.heads;
   const int row = blockIdx.x % tiles * DELTA_ROWS + threadIdx.x / 8;
   float delta = 0.0f;
   if (row < p.seqlen_q) {
-    const T* dout = static_cast<const T*>(p.dout) + b * p.stride_doutb + h * p.stride_douth + row * p.stride_douts;
+    const T* dout =
+        static_cast<const T*>(p.dout) + b * p.stride_doutb + h * p.stride_douth + row * p.stride_douts;
     const T* out = static_cast<const T*>(p.out) + b * p.stride_outb + h * p.stride_outh + row * p.stride_outs;
     for (int dim = threadIdx.x % 8 * 8; dim < p.head_dim; dim += 64)
       delta += sum_of_products(dout + dim, out + dim);

@@ -46,11 +46,10 @@ cudaError_t launch_tiles(Kernel kernel, const AttentionBackward& p, int rows, in
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   constexpr int BYTES = sizeof(Shared);
   static_assert(BYTES <= 99 << 10);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
   if (error != cudaSuccess) return error;
   kernel<<<int(blocks), Block::THREADS, BYTES, stream>>>(p, Scores(p), tiles,
-                                                          heads_in_flight(heads, unit, bytes));
+                                                         heads_in_flight(heads, unit, bytes));
   return cudaGetLastError();
 }
 

@@ -43,8 +43,8 @@ struct KeysState {
 // A tile is full if all of its rows see all of the keys; those without any key may run through it, for their
 // p is 0. Full rows are the run of them around the middle of all rows. Ends with a barrier.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void find_work(KeysShared<T, HEAD_DIM>& shared, const AttentionBackward& p, int tiles,
-                                          int wave) {
+__device__ __forceinline__ void find_work(KeysShared<T, HEAD_DIM>& shared, const AttentionBackward& p,
+                                          int tiles, int wave) {
   using Block = KeysBlock<HEAD_DIM>;
   static_assert(Block::ROWS <= Block::THREADS);
   const Position at(tiles, p.batch * p.kv_heads, wave);  // of a causal mask the first keys have the most work
@@ -93,7 +93,8 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
   const T* q = static_cast<const T*>(p.q) + at.b * p.stride_qb + h * p.stride_qh;
   load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.q, q, p.stride_qs, tile.y, at.walk.hi, p.head_dim);
   const T* dout = static_cast<const T*>(p.dout) + at.b * p.stride_doutb + h * p.stride_douth;
-  load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.dout, dout, p.stride_douts, tile.y, at.walk.hi, p.head_dim);
+  load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.dout, dout, p.stride_douts, tile.y, at.walk.hi,
+                                                   p.head_dim);
   const int local = threadIdx.x, row = tile.y + local;
   if (local < Block::COLS) {
     const bool valid = row < at.walk.hi;
@@ -119,7 +120,8 @@ __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysSha
                                              const AttentionBackward& p, const Scores& scores) {
   using Block = KeysBlock<HEAD_DIM>;
   const auto& walk = shared.work.walk;
-  for (int step = MASKED ? walk.full_steps() : 0; step < (MASKED ? walk.steps() : walk.full_steps()); ++step) {
+  for (int step = MASKED ? walk.full_steps() : 0; step < (MASKED ? walk.steps() : walk.full_steps());
+       ++step) {
     auto& stage = shared.stages[step % 2];
     copy_async_wait<0>();
     if (threadIdx.x < Block::COLS) {  // what this thread has copied

@@ -26,9 +26,8 @@ struct QueriesShared {
 // What the block needs to know of each row into shared memory, and the tiles of keys to walk. Ends with a
 // barrier.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ Walk<QueriesBlock<HEAD_DIM>::COLS> walk_of_queries(QueriesShared<T, HEAD_DIM>& shared,
-                                                                              const AttentionBackward& p, int b,
-                                                                              int h, int m0) {
+__device__ __forceinline__ Walk<QueriesBlock<HEAD_DIM>::COLS> walk_of_queries(
+    QueriesShared<T, HEAD_DIM>& shared, const AttentionBackward& p, int b, int h, int m0) {
   using Block = QueriesBlock<HEAD_DIM>;
   static_assert(Block::ROWS <= Block::THREADS);
   const int local = threadIdx.x, row = m0 + local;
@@ -67,8 +66,10 @@ __device__ __forceinline__ void load_keys(QueriesShared<T, HEAD_DIM>& shared, co
   using Block = QueriesBlock<HEAD_DIM>;
   auto& stage = shared.stages[step % 2];
   const int n0 = walk.at(step).y;
-  load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.k, keys.k, keys.stride_ks, n0, walk.hi, keys.head_dim);
-  load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.v, keys.v, keys.stride_vs, n0, walk.hi, keys.head_dim);
+  load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.k, keys.k, keys.stride_ks, n0, walk.hi,
+                                                   keys.head_dim);
+  load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.v, keys.v, keys.stride_vs, n0, walk.hi,
+                                                   keys.head_dim);
   copy_async_commit();
 }
 
@@ -77,8 +78,8 @@ __device__ __forceinline__ void load_keys(QueriesShared<T, HEAD_DIM>& shared, co
 template <bool MASKED, bool CLEAN, typename T, int HEAD_DIM>
 __device__ __forceinline__ void walk_keys(Gradient<QueriesBlock<HEAD_DIM>, HEAD_DIM>& dq,
                                           QueriesShared<T, HEAD_DIM>& shared, const Keys<T>& keys,
-                                          const Walk<QueriesBlock<HEAD_DIM>::COLS>& walk, const Scores& scores,
-                                          int first, int last) {
+                                          const Walk<QueriesBlock<HEAD_DIM>::COLS>& walk,
+                                          const Scores& scores, int first, int last) {
   using Block = QueriesBlock<HEAD_DIM>;
   for (int step = first; step < last; ++step) {
     auto& stage = shared.stages[step % 2];
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(QueriesBlock<HEAD_DIM>::THREADS)
     const T* q = static_cast<const T*>(p.q) + b * p.stride_qb + h * p.stride_qh;
     const T* dout = static_cast<const T*>(p.dout) + b * p.stride_doutb + h * p.stride_douth;
     load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.q, q, p.stride_qs, m0, p.seqlen_q, p.head_dim);
-    load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.dout, dout, p.stride_douts, m0, p.seqlen_q, p.head_dim);
+    load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.dout, dout, p.stride_douts, m0, p.seqlen_q,
+                                                     p.head_dim);
     load_keys(shared, keys, walk, 0);
   }
   walk_keys<false, false>(dq, shared, keys, walk, scores, 0, walk.full_steps());
@@ -158,7 +160,7 @@ __global__ void __launch_bounds__(QueriesBlock<HEAD_DIM>::THREADS)
     }
   T* target = static_cast<T*>(p.dq) + (int64_t(b) * p.seqlen_q * p.heads + h) * p.head_dim;
   store_gradient<Block, HEAD_DIM, T>(dq, rest_of_scale<T>(scores), shared.q, target,
-                                      int64_t(p.heads) * p.head_dim, m0, p.seqlen_q, p.head_dim);
+                                     int64_t(p.heads) * p.head_dim, m0, p.seqlen_q, p.head_dim);
 }
 
 }  // namespace mmkernels

@@ -120,8 +120,8 @@ __device__ __forceinline__ int2 block_range(int2 (&ranges)[WARPS], int x, int y)
 // Copies x[row : row + ROWS] to `tile`, zeros beyond row `limit` and beyond the head. Eight lanes take 128
 // bytes of a row, and the next ones after that if it is longer.
 template <int THREADS, int HEAD_DIM, int ROWS, typename T>
-__device__ __forceinline__ void load_tile(Row<T, HEAD_DIM>* tile, const T* x, int64_t stride, int row, int limit,
-                                          int head_dim) {
+__device__ __forceinline__ void load_tile(Row<T, HEAD_DIM>* tile, const T* x, int64_t stride, int row,
+                                          int limit, int head_dim) {
   const int local = threadIdx.x / 8, dim = threadIdx.x % 8 * 8;
   uint32_t target = shared_address(&tile[local][dim]);
   const T* source = x + (row + local) * stride + dim;
@@ -260,8 +260,8 @@ __device__ __forceinline__ float rest_of_scale(const Scores& scores) {
 // `tile`, where this warp's rows are read by no other warp.
 template <class Block, int HEAD_DIM, typename T>
 __device__ __forceinline__ void store_gradient(const Gradient<Block, HEAD_DIM>& gradient, float factor,
-                                               Row<T, HEAD_DIM>* tile, T* x, int64_t stride, int first, int limit,
-                                               int head_dim) {
+                                               Row<T, HEAD_DIM>* tile, T* x, int64_t stride, int first,
+                                               int limit, int head_dim) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
@@ -278,7 +278,8 @@ __device__ __forceinline__ void store_gradient(const Gradient<Block, HEAD_DIM>& 
   for (int index = lane; index < ROWS * CHUNKS; index += 32) {
     const int row = threadIdx.x / 32 * ROWS + index / CHUNKS, dim = index % CHUNKS * 8;
     if (first + row < limit && dim < head_dim)
-      *reinterpret_cast<uint4*>(x + (first + row) * stride + dim) = reinterpret_cast<const uint4&>(tile[row][dim]);
+      *reinterpret_cast<uint4*>(x + (first + row) * stride + dim) =
+          reinterpret_cast<const uint4&>(tile[row][dim]);
   }
 }
 

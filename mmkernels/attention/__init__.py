@@ -3,6 +3,7 @@
 from mmkernels.attention import (  # noqa: F401 (each registers its backend)
     cpu,
     cuda,
+    cuda_backward,
     decode,
     reference,
     triton_backend,

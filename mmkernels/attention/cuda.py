@@ -1,7 +1,7 @@
 """Attention on the CUDA kernels of `csrc/attention`, which the compiled extension holds.
 
 The extension registers its launcher as an op of its own, `torch.ops.mmkernels_cuda`; it is loaded
-when a call first asks whether it could serve. The backward pass of a call by name is Triton's.
+when a call first asks whether it could serve. The backward pass is in `cuda_backward.py`.
 """
 
 import functools
@@ -12,14 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mmkernels._core import library
 from mmkernels._core.registry import register
-from mmkernels.attention import triton_backend
 
 HEAD_DIMS = (64, 72, 80, 96, 128)
 MIN_CAPABILITY = (8, 0)
 REDO_ROWS = 16  # of csrc/attention/forward.h
 
 
-def _copyable(x: Tensor) -> bool:
+def copyable(x: Tensor) -> bool:
     """Can rows be copied 16 bytes at a time?"""
     return (
         x.stride(3) == 1
@@ -40,7 +39,7 @@ def _shape_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             f"the head dims are {q.shape[3]} and {v.shape[3]}; the CUDA kernels take one of {dims}"
         )
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not _copyable(x):
+        if not copyable(x):
             return (
                 f"{name} has strides {tuple(x.stride())}; the CUDA kernels want a last stride of "
                 "1, all others multiples of 8, and a start at a multiple of 16 bytes: "
@@ -132,14 +131,4 @@ def forward(
     return out, lse
 
 
-def backward_why_not(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
-) -> str | None:
-    """Why Triton's backward pass cannot follow the forward kernel, or None."""
-    if q.device.type != "cuda":
-        return f"q is on {q.device.type}; the CUDA kernels run on NVIDIA GPUs"
-    return triton_backend.declines(q, v)
-
-
 register("attention_forward", "cuda", forward, why_not, only_by_name)
-register("attention_backward", "cuda", triton_backend.backward, backward_why_not, only_by_name)

@@ -1,7 +1,6 @@
 """The CUDA backward kernels in the emulator of PTX, and what they are held to."""
 
 import ctypes
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -154,7 +153,7 @@ class Problem(NamedTuple):
     dout: Tensor
     dlse: Tensor
     mask: IntervalMask | None = None
-    numbers: dict[str, float] = {}  # softmax_scale, softcap
+    numbers: tuple[tuple[str, float], ...] = ()  # softmax_scale and softcap, where not the default
 
     @property
     def qkv(self) -> list[Tensor]:
@@ -179,14 +178,14 @@ def problem(
     dout, _, _ = testing.make_qkv(*shape, head_dim, dtype=dtype, seed=1)
     generator = torch.Generator().manual_seed(2)
     dlse = torch.randn((shape[0], shape[3], shape[1]), generator=generator)
-    return Problem(*map(on_device, (q, k, v, dout, dlse)), mask, numbers)
+    return Problem(*map(on_device, (q, k, v, dout, dlse)), mask, tuple(numbers.items()))
 
 
 def forward(x: Problem, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """out in q's dtype and lse of the reference, computed in `dtype`."""
     out, lse = mm.attention(
         *(t.to(dtype) for t in x.qkv), mask=x.mask, return_lse=True, backend="reference",
-        **x.numbers,
+        **dict(x.numbers),
     )  # fmt: skip
     return on_device(out.to(x.q.dtype)), on_device(lse.float())
 
@@ -195,15 +194,13 @@ def run(x: Problem, *, dlse: bool = True, **options: Any) -> tuple[list[Tensor],
     """dq, dk, dv after the reference's forward pass, and the counters of the main kernels."""
     out, lse = forward(x)
     delta, _ = attention_delta(x.dout, out, lse, x.dlse if dlse else None, **options)
-    return attention_backward(
-        x.dout, *x.qkv, lse, delta, x.bounds(), **x.numbers, **options
-    )
+    return attention_backward(x.dout, *x.qkv, lse, delta, x.bounds(), **dict(x.numbers), **options)
 
 
 def _exact(x: Problem, cotangents: list[Tensor]) -> tuple[list[Tensor], ...]:
     leaves = [t.double().requires_grad_() for t in x.qkv]
     results = mm.attention(
-        *leaves, mask=x.mask, return_lse=True, backend="reference", **x.numbers
+        *leaves, mask=x.mask, return_lse=True, backend="reference", **dict(x.numbers)
     )
     return list(results), list(torch.autograd.grad(results, leaves, cotangents))
 
@@ -211,7 +208,7 @@ def _exact(x: Problem, cotangents: list[Tensor]) -> tuple[list[Tensor], ...]:
 def _eager(x: Problem, cotangents: list[Tensor]) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in x.qkv]
     dense = None if x.mask is None else x.mask.to_dense()[:, None]
-    out, lse = testing.eager_attention(*leaves, mask=dense, **x.numbers)
+    out, lse = testing.eager_attention(*leaves, mask=dense, **dict(x.numbers))
     results = [out, lse.where(lse > -math.inf, 0.0)]
     grads = [g.to(t.dtype) for t, g in zip(results, cotangents, strict=True)]
     return list(torch.autograd.grad(results, leaves, grads))
