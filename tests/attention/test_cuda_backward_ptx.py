@@ -1,0 +1,332 @@
+"""Are the CUDA backward kernels right? Their launchers and PTX run in the emulator."""
+
+import ctypes
+import itertools
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmkernels as mm
+from mmkernels import testing
+from tests import cuda_harness
+from tests.attention import cuda_backward
+from tests.attention.cuda_backward import attention_delta, check, problem, run
+from tests.cuda_harness import on_device
+
+pytestmark = [pytest.mark.nvcc, pytest.mark.ptxsim]
+slow = pytest.mark.slow
+bf16, fp16 = torch.bfloat16, torch.float16
+SHAPE = (2, 200, 261, 4, 2)  # batch, Sq, Sk, heads, key heads
+NAMES = ("dq", "dk", "dv")
+
+
+def masked(mask: str, shape: tuple[int, int, int, int, int] = SHAPE, *args: Any) -> Any:
+    return problem(shape, *args, mask=testing.MASKS[mask](*shape[:3]))
+
+
+@pytest.mark.parametrize("mask", testing.MASKS)
+def test_every_mask(mask):
+    check(masked(mask, SHAPE, 64))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        (128, bf16),
+        (72, bf16),
+        (80, fp16),
+        pytest.param(64, fp16, marks=slow),
+        pytest.param(72, fp16, marks=slow),
+        pytest.param(80, bf16, marks=slow),
+        (96, bf16),
+        pytest.param(96, fp16, marks=slow),
+        pytest.param(128, fp16, marks=slow),
+    ],
+)
+@pytest.mark.parametrize("mask", ["none", "ragged"])
+def test_every_width_and_dtype(head_dim, dtype, mask):
+    check(masked(mask, SHAPE, head_dim, dtype))
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 31, 32, 33, 127, 128, 129])
+@pytest.mark.parametrize("seqlen_q", [1, 31, 32, 33, 127, 128, 129])
+def test_lengths_around_a_tile(seqlen_q, seqlen_k):
+    check(problem((1, seqlen_q, seqlen_k, 1, 1), 64))
+
+
+@pytest.mark.parametrize("seqlen", [63, 64, 65])
+def test_lengths_around_a_tile_of_wide_heads(seqlen):
+    check(problem((1, seqlen, seqlen, 1, 1), 128))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (5, 1)])
+def test_heads(heads, kv_heads):
+    check(masked("causal", (2, 70, 70, heads, kv_heads), 64))
+
+
+def test_no_keys_and_no_queries():
+    (dq, dk, dv), results = run(problem((2, 70, 0, 2, 1), 64))
+    assert len(results) == 1 and not dq.any() and dk.numel() == dv.numel() == 0
+    (dq, dk, dv), results = run(problem((2, 0, 70, 2, 1), 64))
+    assert len(results) == 1 and not dk.any() and not dv.any() and dq.numel() == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [bf16, pytest.param(fp16, marks=slow)])
+def test_softcap_and_scale(head_dim, dtype):
+    shape = (1, 130, 130, 2, 1)
+    check(problem(shape, head_dim, dtype, mm.masks.causal(130), softcap=5.0))
+    check(problem(shape, head_dim, dtype, mm.masks.causal(130), softmax_scale=0.7))
+
+
+def test_float16_gradients_of_scores_overflow_no_sooner_than_dq_and_dk():
+    x = problem((1, 64, 64, 1, 1), 64, fp16, softmax_scale=2.0**-9)
+    x = x._replace(dout=on_device(x.dout * 4096), v=on_device(x.v * 16))
+    out, lse = cuda_backward.forward(x)
+    delta, _ = attention_delta(x.dout, out, lse)
+    ds = torch.einsum("bihd,bjhd->bhij", x.dout.float(), x.v.float()) - delta[..., None]
+    assert (ds / 64).abs().max() > torch.finfo(fp16).max / 2
+    check(x)
+
+
+def strided(kind: str, x: Tensor) -> Tensor:
+    """x (B, S, H, D) with other strides."""
+    batch, length, heads, dim = x.shape
+    if kind == "heads first":
+        return on_device(x.transpose(1, 2)).transpose(1, 2)
+    if kind == "one head for all":
+        return on_device(x[:, :, :1]).expand(x.shape)
+    wide = x.new_full((batch, length + 3, heads + 1, dim + 8), math.nan)
+    wide[:, 3:, 1:, 8:] = x
+    return on_device(wide)[:, 3:, 1:, 8:]
+
+
+@pytest.mark.parametrize("kind", ["heads first", "one head for all", "part of a wider tensor"])
+def test_strides(kind):
+    x = masked("causal", (2, 130, 130, 2, 2), 64)
+    x = x._replace(**{name: strided(kind, getattr(x, name)) for name in ("q", "k", "v", "dout")})
+    assert all(not t.is_contiguous() for t in (*x.qkv, x.dout))
+    check(x)
+
+
+def forwarded(x: cuda_backward.Problem) -> tuple[Tensor, ...]:
+    """dout, q, k, v, lse and delta."""
+    out, lse = cuda_backward.forward(x)
+    return x.dout, *x.qkv, lse, attention_delta(x.dout, out, lse, x.dlse)[0]
+
+
+def test_strides_of_the_bounds():
+    x = masked("ragged", SHAPE, 64)
+    tensors = forwarded(x)
+    wanted, _ = cuda_backward.attention_backward(*tensors, x.bounds())
+    rows, keys = (on_device(torch.stack(pair, -1)) for pair in (x.bounds()[:2], x.bounds()[2:]))
+    bounds = (rows[..., 0], rows[..., 1], keys[..., 0], keys[..., 1])
+    got, _ = cuda_backward.attention_backward(*tensors, bounds)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["window", "ragged"])
+def test_without_the_rows_that_see_a_key_all_are_looked_at(mask):
+    x = masked(mask, SHAPE, 64)
+    tensors = forwarded(x)
+    got, _ = cuda_backward.attention_backward(*tensors, x.bounds()[:2])
+    wanted, _ = cuda_backward.attention_backward(*tensors, x.bounds())
+    for name, a, b in zip(NAMES, got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=0.02, rtol=0.02, msg=name)
+
+
+def test_bounds_outside_of_the_keys_are_clamped():
+    x = masked("causal", (1, 70, 70, 1, 1), 64)
+    tensors, (start, end, row_start, row_end) = forwarded(x), x.bounds()
+    wide = (
+        start - 5,
+        torch.where(end == 70, 1000, end),
+        row_start - (row_start == 0) * 9,
+        row_end + 9,
+    )
+    got, _ = cuda_backward.attention_backward(*tensors, tuple(on_device(b.int()) for b in wide))
+    wanted, _ = cuda_backward.attention_backward(*tensors, x.bounds())
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, bf16), (72, fp16), (128, bf16)])
+def test_delta(head_dim, dtype):
+    x = masked("ragged", (2, 37, 50, 3, 1), head_dim, dtype)
+    out, lse = cuda_backward.forward(x)
+    dout = strided("part of a wider tensor", x.dout)
+    flat_dlse = on_device(x.dlse.mT).mT
+    exact = (dout.double() * out.double()).sum(-1).transpose(1, 2)
+    empty = lse == -math.inf
+    assert empty.any()
+    dout[empty.transpose(1, 2)] = math.nan
+    for dlse, wanted in ((None, exact), (flat_dlse, exact - x.dlse), (x.dlse[:1, :1, :1], None)):
+        if wanted is None:
+            dlse, wanted = dlse.expand(lse.shape), exact - dlse
+        delta, _ = attention_delta(dout, out, lse, dlse)
+        assert not delta[empty].any()
+        torch.testing.assert_close(delta[~empty].double(), wanted[~empty], atol=1e-5, rtol=1e-5)
+
+
+def poisoned(
+    x: cuda_backward.Problem, which: str, bad: float
+) -> tuple[cuda_backward.Problem, cuda_backward.Problem, Tensor]:
+    """x with `bad` in three keys or values, and with 0 there; which rows (B, Hq, Sq) see them."""
+    dirty, clean = getattr(x, which).clone(), getattr(x, which).clone()
+    batch, seqlen_q, heads, head_dim = x.q.shape
+    touched = torch.zeros(batch, heads, seqlen_q, dtype=torch.bool)
+    groups = heads // x.k.shape[2]
+    for b, j, h, d in ((0, 12, 0, 3), (0, 150, 1, 5), (1, 199, 0, head_dim - 1)):
+        dirty[b, j, h, d], clean[b, j, h, d] = bad, 0.0
+        touched[b, groups * h : groups * (h + 1)] |= x.mask.to_dense().expand(batch, -1, -1)[
+            b, :, j
+        ]
+    assert touched.any() and not touched.all()
+    return (
+        x._replace(**{which: on_device(dirty)}),
+        x._replace(**{which: on_device(clean)}),
+        touched,
+    )
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "bad", "mask"),
+    [
+        (64, bf16, math.nan, "ragged"),
+        (64, bf16, -math.inf, "documents"),
+        (80, fp16, math.inf, "ragged"),
+        (128, bf16, math.nan, "ragged"),
+        (128, bf16, math.nan, "causal"),
+    ],
+)
+def test_nan_reaches_the_rows_that_see_it_and_no_other(head_dim, dtype, bad, mask, which):
+    x = masked(mask, SHAPE, head_dim, dtype)
+    dirty, clean, touched = poisoned(x, which, bad)
+    got, wanted = run(dirty)[0], run(clean)[0]
+    dq, wanted_dq = got[0].transpose(1, 2), wanted[0].transpose(1, 2)
+    assert torch.equal(dq[~touched], wanted_dq[~touched])
+    if math.isnan(bad):
+        assert dq[touched].isnan().any(-1).all()
+    seen = x.mask.to_dense()[:, None] & touched[..., None]  # (B, Hq, Sq, Sk): by a touched row
+    reached = seen.any(2).unflatten(1, (2, 2)).any(2).transpose(1, 2)  # (B, Sk, Hkv)
+    for name, a, b in zip(NAMES[1:], got[1:], wanted[1:], strict=True):
+        assert torch.equal(a[~reached], b[~reached]), name
+    if mask != "ragged":
+        assert not reached.all()
+
+
+def test_keys_that_no_row_sees_may_hold_anything():
+    mask = mm.masks.padding(torch.tensor([130, 0]), *SHAPE[1:3])
+    x = problem(SHAPE, 64, mask=mask)
+    wanted, _ = run(x)
+    for bad in (math.nan, math.inf):
+        dirty = {name: getattr(x, name).clone() for name in "kv"}
+        for t in dirty.values():
+            t[0, 130:], t[1] = bad, bad
+        got, _ = run(x._replace(**{name: on_device(t) for name, t in dirty.items()}))
+        for name, a, b in zip(NAMES, got, wanted, strict=True):
+            assert torch.equal(a, b), name
+    assert not wanted[0][1].any()
+    for grad in wanted[1:]:
+        assert not grad[0, 130:].any() and not grad[1].any()
+
+
+def test_a_row_whose_lse_is_nan_stays_alone():
+    x = masked("causal", SHAPE, 64)
+    tensors = forwarded(x)
+    wanted, _ = cuda_backward.attention_backward(*tensors, x.bounds())
+    tensors[4][0, 1, 100] = math.nan
+    (dq, dk, dv), _ = cuda_backward.attention_backward(*tensors, x.bounds())
+    other = torch.ones(dq.shape[:3], dtype=torch.bool)
+    other[0, 100, 1] = False
+    assert torch.equal(dq[other], wanted[0][other]) and dq[~other].isnan().all()
+    for got, right in ((dk, wanted[1]), (dv, wanted[2])):
+        assert torch.equal(got[0, 162:], right[0, 162:]), "keys that the row does not see"
+        assert got[0, :162, 0].isnan().all() and torch.equal(got[:, :, 1], right[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mask"), [(64, "image spans"), pytest.param(128, "ragged", marks=slow)]
+)
+def test_every_order_of_warps_gives_the_same_bits(head_dim, mask):
+    x = masked(mask, SHAPE, head_dim)
+    first, *others = (run(x, seed=seed)[0] for seed in (0, 7, 1234))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_code_for_hopper(head_dim):
+    check(masked("causal", SHAPE, head_dim), arch="sm_90")
+
+
+# Head dim -> staying and moving rows of the keys kernel's tiles, and of the queries kernel's.
+TILES = {64: ((128, 32), (128, 32)), 80: ((64, 64), (128, 32)), 96: ((64, 32), (128, 32)),
+         128: ((64, 32), (64, 32))}  # fmt: skip
+
+
+# Bank conflicts of a launch's loads: the copies of dk, dv and dq, whose rows are no whole number of
+# 128 bytes.
+@pytest.mark.parametrize(("head_dim", "conflicts"), [(64, 0), (128, 0), (80, 768), (96, 512)])
+def test_nothing_is_moved_or_computed_twice(head_dim, conflicts):
+    size = 1024
+    results = check(problem((1, size, size, 1, 1), head_dim))
+    row = 2 * head_dim
+    for result, (rows, _), products, outputs, numbers in zip(
+        results, TILES[head_dim], (4, 3), (2, 1), (8, 0), strict=True
+    ):
+        tiles = size // rows
+        assert result["mma_flops"] == 2 * products * size * size * head_dim
+        assert result["lds_conflict"] <= conflicts * outputs and result["sts_conflict"] == 0
+        # Both staying tensors once, both moving ones once a tile, and lse and delta with these.
+        assert result["cpasync_bytes"] == 2 * size * row * (1 + tiles) + size * numbers * tiles
+        assert result["gld_sectors"] <= 1.05 * result["cpasync_bytes"] / 32
+        assert result["gst_sectors"] == outputs * size * row / 32
+    assert sum(result["mma_flops"] for result in results) / (10 * size**2 * head_dim) == 7 / 5
+
+
+def test_delta_reads_once():
+    x = problem((1, 1024, 1024, 1, 1), 64)
+    out, lse = cuda_backward.forward(x)
+    _, result = attention_delta(x.dout, out, lse, x.dlse)
+    assert result["gld_sectors"] == 1024 * (2 * 128 + 8) / 32
+    assert result["gst_sectors"] == 1024 * 4 / 32
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "mask"), list(itertools.product((64, 128), ("full", "causal")))
+)
+def test_loads_of_the_units_are_those_in_docs(head_dim, mask):
+    """docs/performance.md, "The CUDA kernel": both kernels together."""
+    size = 1024
+    pairs = size * size if mask == "full" else size * (size + 1) // 2
+    built = None if mask == "full" else mm.masks.causal(size)
+    results = check(problem((1, size, size, 1, 1), head_dim, mask=built))
+    pipes = [result.pipes(0) for result in results]
+    tensor, issue, shared = (
+        sum(p[unit] for p in pipes)
+        for unit in ("tensor cores (wgmma rate)", "issue slots", "shared memory wavefronts")
+    )
+    useful = 10 * pairs * head_dim / sum(result["mma_flops"] for result in results)
+    line = f"| {head_dim} | {mask} | {useful:.2f} | {issue / tensor:.2f} | {shared / tensor:.2f} |"
+    page = (cuda_harness.ROOT / "docs" / "performance.md").read_text()
+    assert line in page.partition("The backward pass")[2].splitlines(), line
+
+
+def test_the_structs_are_those_of_the_header():
+    text = (cuda_harness.CSRC / "attention" / "backward.h").read_text()
+    for struct in (cuda_backward.AttentionBackward, cuda_backward.AttentionDelta):
+        body = re.search(rf"struct {struct.__name__} {{(.*?)\n}};", text, re.S)[1]
+        body = re.sub(r"//.*", "", body)
+        kinds = {"*": ctypes.c_void_p, "int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32,
+                 "float": ctypes.c_float}  # fmt: skip
+        fields = []
+        for line in body.split(";")[:-1]:
+            kind, names = re.fullmatch(r"\s*(?:const )?(\w+\*?) (.*)", line, re.S).groups()
+            kind = kinds["*" if kind.endswith("*") else kind]
+            fields += [(name.strip(), kind) for name in names.split(",")]
+        assert fields == list(struct._fields_)
