@@ -28,8 +28,7 @@ __device__ __forceinline__ float sum_of_products(const T* x, const T* y) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(DELTA_THREADS)
-    attention_delta_kernel(const __grid_constant__ AttentionDelta p, int tiles) {
+__global__ void __launch_bounds__(DELTA_THREADS) attention_delta_kernel(const AttentionDelta p, int tiles) {
   const int bh = blockIdx.x / tiles, b = bh / p.heads, h = bh % p.heads;
   const int row = blockIdx.x % tiles * DELTA_ROWS + threadIdx.x / 8;
   float delta = 0.0f;

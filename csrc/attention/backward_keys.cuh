@@ -6,9 +6,15 @@
 
 namespace mmkernels {
 
-// dk and dv take 32 HEAD_DIM bytes of registers for every row tile.
+// dk and dv take most of the registers: HEAD_DIM of a thread's 255 for every row tile.
 template <int HEAD_DIM>
 using KeysBlock = BlockShape<4, HEAD_DIM == 64 ? 2 : 1, HEAD_DIM == 80 ? 64 : 32>;
+
+// Held where registers are left.
+template <typename T, int HEAD_DIM>
+using StayingK = StayingRows<KeysBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM != 64>;
+template <typename T, int HEAD_DIM>
+using StayingV = StayingRows<KeysBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM != 64 && HEAD_DIM != 128>;
 
 // What a block works on: keys from n0 of a head, the query heads from h that share them, and the tiles of
 // queries to walk. It lies in shared memory, for there is no register to keep it in.
@@ -117,6 +123,7 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
 // Walks the full tiles or, MASKED, the ragged ones. The queries of the first one are on their way.
 template <bool MASKED, typename T, int HEAD_DIM>
 __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysShared<T, HEAD_DIM>& shared,
+                                             const StayingK<T, HEAD_DIM>& k, const StayingV<T, HEAD_DIM>& v,
                                              const AttentionBackward& p, const Scores& scores) {
   using Block = KeysBlock<HEAD_DIM>;
   const auto& walk = shared.work.walk;
@@ -131,8 +138,8 @@ __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysSha
     __syncthreads();  // the stage is there, and no warp reads the other one
     if (step + 1 < walk.steps()) load_queries(shared, p, step + 1);
     Products<Block> s = {}, dp = {};
-    multiply_transposed<Block, HEAD_DIM, T>(s, shared.k, stage.q);
-    multiply_transposed<Block, HEAD_DIM, T>(dp, shared.v, stage.dout);
+    multiply_transposed(s, k, stage.q);
+    multiply_transposed(dp, v, stage.dout);
     score_gradient<T, Block, true, MASKED>(s, dp, stage.queries, shared.work.n0, scores);
     multiply<Block, HEAD_DIM, false, T>(state.dv, s, stage.dout);
     multiply<Block, HEAD_DIM, false, T>(state.dk, dp, stage.q);
@@ -149,15 +156,18 @@ __global__ void __launch_bounds__(KeysBlock<HEAD_DIM>::THREADS)
   const auto& at = shared.work;
   find_work(shared, p, tiles, wave);
   KeysState<HEAD_DIM> state = {};
-  if (at.walk.steps() > 0) {
-    const T* k = static_cast<const T*>(p.k) + at.b * p.stride_kb + at.kv_h * p.stride_kh;
-    load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.k, k, p.stride_ks, at.n0, p.seqlen_k, p.head_dim);
-    const T* v = static_cast<const T*>(p.v) + at.b * p.stride_vb + at.kv_h * p.stride_vh;
-    load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.v, v, p.stride_vs, at.n0, p.seqlen_k, p.head_dim);
-    load_queries(shared, p, 0);
-  }
-  walk_queries<false>(state, shared, p, scores);
-  walk_queries<true>(state, shared, p, scores);
+  const T* p_k = static_cast<const T*>(p.k) + at.b * p.stride_kb + at.kv_h * p.stride_kh;
+  load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.k, p_k, p.stride_ks, at.n0, p.seqlen_k, p.head_dim);
+  const T* p_v = static_cast<const T*>(p.v) + at.b * p.stride_vb + at.kv_h * p.stride_vh;
+  load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.v, p_v, p.stride_vs, at.n0, p.seqlen_k, p.head_dim);
+  copy_async_commit();
+  if (at.walk.steps() > 0) load_queries(shared, p, 0);
+  copy_async_wait<0>();
+  __syncthreads();
+  const StayingK<T, HEAD_DIM> k(shared.k);
+  const StayingV<T, HEAD_DIM> v(shared.v);
+  walk_queries<false>(state, shared, k, v, p, scores);
+  walk_queries<true>(state, shared, k, v, p, scores);
 
   const int64_t offset = (int64_t(at.b) * p.seqlen_k * p.kv_heads + at.kv_h) * p.head_dim;
   const int64_t stride = int64_t(p.kv_heads) * p.head_dim;

@@ -138,24 +138,53 @@ __device__ __forceinline__ void load_tile(Row<T, HEAD_DIM>* tile, const T* x, in
   }
 }
 
+// A warp's staying rows as fragments A; HELD: in registers, which spares shared memory half of its reads.
+template <class Block, typename T, int HEAD_DIM, bool HELD>
+struct StayingRows {
+  uint32_t address;
+  uint32_t held[HELD ? HEAD_DIM / 16 : 1][Block::ROW_TILES][4];
+
+  // x has been loaded if it is HELD.
+  __device__ __forceinline__ explicit StayingRows(const Row<T, HEAD_DIM>* x) {
+    const int row = threadIdx.x / 32 * Block::ROW_TILES * 16 + threadIdx.x % 16;
+    address = shared_address(&x[row][threadIdx.x % 32 / 16 * 8]);
+    if constexpr (HELD)
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM; d += 16)
+#pragma unroll
+        for (int r = 0; r < Block::ROW_TILES; ++r) load(held[d / 16][r], r, d);
+  }
+
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int r, int d) const {
+    load_matrices(a, address + r * 16 * sizeof(Row<T, HEAD_DIM>) + d * sizeof(T));
+  }
+
+  // Row tile r, dims d to d + 15.
+  __device__ __forceinline__ void fragment(uint32_t (&a)[4], int r, int d) const {
+    if constexpr (HELD)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = held[d / 16][r][i];
+    else
+      load(a, r, d);
+  }
+};
+
 // s += x y^T: this warp's staying rows by all moving ones.
-template <class Block, int HEAD_DIM, typename T>
-__device__ __forceinline__ void multiply_transposed(Products<Block>& s, const Row<T, HEAD_DIM>* x,
+template <class Block, typename T, int HEAD_DIM, bool HELD>
+__device__ __forceinline__ void multiply_transposed(Products<Block>& s,
+                                                    const StayingRows<Block, T, HEAD_DIM, HELD>& x,
                                                     const Row<T, HEAD_DIM>* y) {
-  constexpr int BYTES = sizeof(*x);
   const int lane = threadIdx.x % 32;
-  const int row = threadIdx.x / 32 * Block::ROW_TILES * 16 + lane % 16;
-  const uint32_t left = shared_address(&x[row][lane / 16 * 8]);
   const uint32_t right = shared_address(&y[lane / 16 * 8 + lane % 8][lane / 8 % 2 * 8]);
 #pragma unroll
   for (int d = 0; d < HEAD_DIM; d += 16) {
     uint32_t a[Block::ROW_TILES][4];
 #pragma unroll
-    for (int r = 0; r < Block::ROW_TILES; ++r) load_matrices(a[r], left + r * 16 * BYTES + d * sizeof(T));
+    for (int r = 0; r < Block::ROW_TILES; ++r) x.fragment(a[r], r, d);
 #pragma unroll
     for (int n = 0; n < Block::COLS; n += 16) {
       uint32_t b[4];  // moving rows n to n + 7 and n + 8 to n + 15
-      load_matrices(b, right + n * BYTES + d * sizeof(T));
+      load_matrices(b, right + n * sizeof(*y) + d * sizeof(T));
 #pragma unroll
       for (int r = 0; r < Block::ROW_TILES; ++r) {
         mma<T>(s[r][n / 8], a[r], b[0], b[1]);

@@ -293,8 +293,8 @@ def test_delta_reads_once():
     x = problem((1, 1024, 1024, 1, 1), 64)
     out, lse = cuda_backward.forward(x)
     _, result = attention_delta(x.dout, out, lse, x.dlse)
-    assert result["gld_sectors"] == 1024 * (2 * 128 + 8) / 32
-    assert result["gst_sectors"] == 1024 * 4 / 32
+    assert result["gld_sectors"] <= 1.05 * 1024 * (2 * 128 + 4 + 4) / 32
+    assert result["gst_req"] == 1024 / 4, "one for the four rows of a warp"
 
 
 @pytest.mark.parametrize(
