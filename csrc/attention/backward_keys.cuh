@@ -19,7 +19,7 @@ using StayingV = StayingRows<KeysBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM != 64 &&
 // What a block works on: keys from n0 of a head, the query heads from h that share them, and the tiles of
 // queries to walk. It lies in shared memory, for there is no register to keep it in.
 template <int HEAD_DIM>
-struct KeysWork {
+struct alignas(16) KeysWork {
   int b, kv_h, h, n0;
   Walk<KeysBlock<HEAD_DIM>::COLS> walk;
 };
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
                                              int step) {
   using Block = KeysBlock<HEAD_DIM>;
   auto& stage = shared.stages[step % 2];
-  const auto& at = shared.work;
+  const KeysWork<HEAD_DIM> at = shared.work;
   const int2 tile = at.walk.at(step);
   const int h = at.h + tile.x;
   const T* q = static_cast<const T*>(p.q) + at.b * p.stride_qb + h * p.stride_qh;

@@ -15,7 +15,7 @@ using StayingQueries = StayingRows<QueriesBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM
 // What a block works on: queries from m0 of a head, and the tiles of keys to walk. It lies in shared memory,
 // for there is no register to keep it in.
 template <int HEAD_DIM>
-struct QueriesWork {
+struct alignas(16) QueriesWork {
   int b, h, kv_h, m0;
   Walk<QueriesBlock<HEAD_DIM>::COLS> walk;
 };
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_keys(QueriesShared<T, HEAD_DIM>& shared, co
                                           int step) {
   using Block = QueriesBlock<HEAD_DIM>;
   auto& stage = shared.stages[step % 2];
-  const auto& at = shared.work;
+  const QueriesWork<HEAD_DIM> at = shared.work;
   const int n0 = at.walk.at(step).y;
   const T* k = static_cast<const T*>(p.k) + at.b * p.stride_kb + at.kv_h * p.stride_kh;
   load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.k, k, p.stride_ks, n0, at.walk.hi, p.head_dim);
