@@ -45,6 +45,11 @@ CASES = [
     )
     for mask in ("full", "causal")
 ]
+CASES += [
+    Case("backward", "sm_80", head_dim, 1024, mask)
+    for head_dim in (64, 128)
+    for mask in ("full", "causal")
+]
 
 
 def bounds(case: Case) -> IntervalMask | None:
@@ -69,8 +74,22 @@ def _forward(case: Case) -> list[tuple[Any, int]]:
     return [(result, 4 * case.head_dim * visible_pairs(case))]
 
 
+def _backward(case: Case) -> list[tuple[Any, int]]:
+    from tests.attention import cuda_backward
+
+    shape = (1, case.length, case.length, 1, 1)
+    problem = cuda_backward.problem(shape, case.head_dim, mask=bounds(case))
+    keys, queries = cuda_backward.run(problem, arch=case.arch)[1]
+    pairs = visible_pairs(case)
+    # Five products are asked for; the second kernel makes two of them again for the fifth.
+    return [(keys, 8 * case.head_dim * pairs), (queries, 2 * case.head_dim * pairs)]
+
+
 # Of a kernel: what the emulator counted of each launch, and the FLOPs asked of it.
-COUNTED: dict[str, Callable[[Case], list[tuple[Any, int]]]] = {"forward": _forward}
+COUNTED: dict[str, Callable[[Case], list[tuple[Any, int]]]] = {
+    "forward": _forward,
+    "backward": _backward,
+}
 
 
 def row(case: Case) -> list[str]:

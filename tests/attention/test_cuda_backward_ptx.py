@@ -1,7 +1,6 @@
 """Are the CUDA backward kernels right? Their launchers and PTX run in the emulator."""
 
 import ctypes
-import itertools
 import math
 import re
 from typing import Any
@@ -295,26 +294,6 @@ def test_delta_reads_once():
     _, result = attention_delta(x.dout, out, lse, x.dlse)
     assert result["gld_sectors"] <= 1.05 * 1024 * (2 * 128 + 4 + 4) / 32
     assert result["gst_req"] == 1024 / 4, "one for the four rows of a warp"
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "mask"), list(itertools.product((64, 128), ("full", "causal")))
-)
-def test_loads_of_the_units_are_those_in_docs(head_dim, mask):
-    """docs/performance.md, "The CUDA kernel": both kernels together."""
-    size = 1024
-    pairs = size * size if mask == "full" else size * (size + 1) // 2
-    built = None if mask == "full" else mm.masks.causal(size)
-    results = check(problem((1, size, size, 1, 1), head_dim, mask=built))
-    pipes = [result.pipes(0) for result in results]
-    tensor, issue, shared = (
-        sum(p[unit] for p in pipes)
-        for unit in ("tensor cores (wgmma rate)", "issue slots", "shared memory wavefronts")
-    )
-    useful = 10 * pairs * head_dim / sum(result["mma_flops"] for result in results)
-    line = f"| {head_dim} | {mask} | {useful:.2f} | {issue / tensor:.2f} | {shared / tensor:.2f} |"
-    page = (cuda_harness.ROOT / "docs" / "performance.md").read_text()
-    assert line in page.partition("The backward pass")[2].splitlines(), line
 
 
 def test_the_structs_are_those_of_the_header():
