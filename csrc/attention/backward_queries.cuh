@@ -6,11 +6,11 @@
 namespace mmkernels {
 
 template <int HEAD_DIM>
-using QueriesBlock = BlockShape<4, HEAD_DIM == 128 ? 1 : 2, 32>;
+using QueriesBlock = BlockShape<4, HEAD_DIM <= 80 ? 2 : 1, 32>;
 
 // q and dout; held where registers are left.
 template <typename T, int HEAD_DIM>
-using StayingQueries = StayingRows<QueriesBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM == 64 || HEAD_DIM == 128>;
+using StayingQueries = StayingRows<QueriesBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM != 80>;
 
 // What a block works on: queries from m0 of a head, and the tiles of keys to walk. It lies in shared memory,
 // for there is no register to keep it in.
