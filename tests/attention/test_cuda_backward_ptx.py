@@ -11,6 +11,8 @@ from torch import Tensor
 
 import mmkernels as mm
 from mmkernels import testing
+from mmkernels.attention import cuda, triton_backend
+from mmkernels.attention import cuda_backward as module
 from tests import cuda_harness
 from tests.attention import cuda_backward
 from tests.attention.cuda_backward import attention_delta, check, problem, run
@@ -294,6 +296,93 @@ def test_delta_reads_once():
     _, result = attention_delta(x.dout, out, lse, x.dlse)
     assert result["gld_sectors"] <= 1.05 * 1024 * (2 * 128 + 4 + 4) / 32
     assert result["gst_req"] == 1024 / 4, "one for the four rows of a warp"
+
+
+class EmulatedOps:
+    """`torch.ops.mmkernels_cuda`, its backward ops run in the emulator."""
+
+    def attention_delta(self, dout, out, dlse, lse, delta):
+        delta.copy_(attention_delta(dout, out, lse, dlse)[0])
+
+    def attention_backward(self, *inputs):
+        dout, q, k, v, lse, delta, *bounds = inputs[:10]
+        assert all(cuda.copyable(x) for x in (dout, q, k, v)) and lse.is_contiguous()
+        bounds = tuple(on_device(x) for x in bounds if x is not None)
+        made, _ = cuda_backward.attention_backward(
+            *(on_device(x) for x in (dout, q, k, v, lse, delta)), bounds, *inputs[13:]
+        )
+        for target, x in zip(inputs[10:13], made, strict=True):
+            target.copy_(x)
+
+
+def through_python(x: cuda_backward.Problem, monkeypatch: Any, dlse: Tensor | None) -> Any:
+    """What the backend makes of a call, once it is willing."""
+    monkeypatch.setattr(module, "kernels_why_not", lambda *inputs: None)
+    monkeypatch.setattr(torch.ops, "mmkernels_cuda", EmulatedOps(), raising=False)
+    out, lse = cuda_backward.forward(x)
+    mask = (None,) * 4 if x.mask is None else (x.mask.start, x.mask.end, *x.mask.key_rows())
+    scores = (None, None, None, None, x.q.shape[3] ** -0.5, 5.0, 0.0)
+    return module.backward(x.dout, dlse, *x.qkv, out, lse, *mask, *scores, False, True)
+
+
+@pytest.mark.parametrize("mask", ["none", "ragged"])
+@pytest.mark.parametrize("kind", ["contiguous", "expanded", "misaligned"])
+def test_the_backend_runs_the_kernels(monkeypatch, kind, mask):
+    x = masked(mask, (2, 40, 50, 2, 1), 64)._replace(numbers=(("softcap", 5.0),))
+    if kind == "expanded":
+        x = x._replace(dout=x.dout[:1, :1, :1, :1].expand(x.dout.shape))
+    elif kind == "misaligned":
+        flat = torch.cat((x.dout.new_zeros(1), x.dout.flatten()))
+        x = x._replace(dout=flat[1:].view(x.dout.shape))
+    for dlse in (x.dlse, None):
+        dq, dk, dv, dbias, dsinks = through_python(x, monkeypatch, dlse)
+        wanted, _ = run(x._replace(dout=on_device(x.dout.contiguous())), dlse=dlse is not None)
+        assert dbias.numel() == dsinks.numel() == 0
+        assert all(torch.equal(a, b) for a, b in zip((dq, dk, dv), wanted, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5, 2, 1), (2, 5, 0, 2, 1), (0, 5, 5, 2, 1)])
+def test_the_backend_answers_without_rows_or_keys(monkeypatch, shape):
+    x = problem(shape, 64)
+    *grads, _, _ = through_python(x, monkeypatch, None)
+    assert all(got.shape == t.shape and not got.any() for got, t in zip(grads, x.qkv, strict=True))
+
+
+def test_what_the_kernels_decline_is_tritons(monkeypatch):
+    seen = []
+    monkeypatch.setattr(triton_backend, "backward", lambda *inputs: seen.append(inputs))
+    x = problem((1, 5, 5, 1, 1), 64)
+    inputs = (x.dout, None, *x.qkv, x.q, x.dlse, *(None,) * 8, 0.1, 0.0, 0.5, False, True)
+    module.backward(*inputs)
+    ((*got,),) = seen
+    assert len(got) == len(inputs) and all(a is b for a, b in zip(got, inputs, strict=True))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+def test_why_not(monkeypatch):
+    """Every reason of the forward kernel's, and a build without backward kernels."""
+    built = {"forward": True, "backward": True}
+    monkeypatch.setattr(cuda, "why_not", lambda *inputs: None if built["forward"] else "no forward")
+    monkeypatch.setattr(triton_backend, "declines", lambda q, v: "no triton")
+    names = type(
+        "Ops", (), {"attention_backward_built": staticmethod(lambda *_: built["backward"])}
+    )
+    monkeypatch.setattr(torch.ops, "mmkernels_cuda", names, raising=False)
+    with torch._subclasses.FakeTensorMode(), torch.device("cuda"):
+        q = torch.empty(1, 8, 2, 64, dtype=bf16)
+    rest = (None, None, None, None, None, None, None, None, None, None, 0.1, 0.0, 0.0, False, True)
+    for case, reason in (
+        ({"forward": True, "backward": True}, None),
+        ({"forward": False, "backward": True}, "no triton"),
+        ({"forward": True, "backward": False}, "no triton"),
+    ):
+        built.update(case)
+        module._built_why_not.cache_clear()
+        assert module.backward_why_not(None, None, q, q, q, *rest) == reason
+    module._built_why_not.cache_clear()
+    assert "q is on cpu" in module.backward_why_not(
+        None, None, *(torch.empty(1, 1, 1, 64),) * 3, *rest
+    )
 
 
 def test_the_structs_are_those_of_the_header():
