@@ -19,7 +19,7 @@ using StayingV = StayingRows<KeysBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM != 64 &&
 // What a block works on: keys from n0 of a head, the query heads from h that share them, and the tiles of
 // queries to walk. It lies in shared memory, for there is no register to keep it in.
 template <int HEAD_DIM>
-struct alignas(16) KeysWork {
+struct KeysWork {
   int b, kv_h, h, n0;
   Walk<KeysBlock<HEAD_DIM>::COLS> walk;
 };
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
                                              int step) {
   using Block = KeysBlock<HEAD_DIM>;
   auto& stage = shared.stages[step % 2];
-  const KeysWork<HEAD_DIM> at = shared.work;
+  const auto& at = shared.work;
   const int2 tile = at.walk.at(step);
   const int h = at.h + tile.x;
   const T* q = static_cast<const T*>(p.q) + at.b * p.stride_qb + h * p.stride_qh;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
     if (p.start == nullptr) {
       stage.queries.start[local] = 0;
       stage.queries.end[local] = valid ? p.seqlen_k : 0;
-    } else if (step >= at.walk.full_steps()) {
+    } else if (step >= at.walk.full_steps) {
       const int32_t* start = p.start + at.b * p.stride_start_b + row * p.stride_start_s;
       copy_async_4(shared_address(&stage.queries.start[local]), start, valid);
       const int32_t* end = p.end + at.b * p.stride_end_b + row * p.stride_end_s;
@@ -127,8 +127,7 @@ __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysSha
                                              const AttentionBackward& p, const Scores& scores) {
   using Block = KeysBlock<HEAD_DIM>;
   const auto& walk = shared.work.walk;
-  for (int step = MASKED ? walk.full_steps() : 0; step < (MASKED ? walk.steps() : walk.full_steps());
-       ++step) {
+  for (int step = MASKED ? walk.full_steps : 0; step < (MASKED ? walk.steps : walk.full_steps); ++step) {
     auto& stage = shared.stages[step % 2];
     copy_async_wait<0>();
     if (threadIdx.x < Block::COLS) {  // what this thread has copied
@@ -136,7 +135,7 @@ __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysSha
       x = exponent_of_lse(x);
     }
     __syncthreads();  // the stage is there, and no warp reads the other one
-    if (step + 1 < walk.steps()) load_queries(shared, p, step + 1);
+    if (step + 1 < walk.steps) load_queries(shared, p, step + 1);
     Products<Block> s = {}, dp = {};
     multiply_transposed(s, k, stage.q);
     multiply_transposed(dp, v, stage.dout);
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(KeysBlock<HEAD_DIM>::THREADS)
   const T* p_v = static_cast<const T*>(p.v) + at.b * p.stride_vb + at.kv_h * p.stride_vh;
   load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.v, p_v, p.stride_vs, at.n0, p.seqlen_k, p.head_dim);
   copy_async_commit();
-  if (at.walk.steps() > 0) load_queries(shared, p, 0);
+  if (at.walk.steps > 0) load_queries(shared, p, 0);
   copy_async_wait<0>();
   __syncthreads();
   const StayingK<T, HEAD_DIM> k(shared.k);

@@ -15,7 +15,7 @@ using StayingQueries = StayingRows<QueriesBlock<HEAD_DIM>, T, HEAD_DIM, HEAD_DIM
 // What a block works on: queries from m0 of a head, and the tiles of keys to walk. It lies in shared memory,
 // for there is no register to keep it in.
 template <int HEAD_DIM>
-struct alignas(16) QueriesWork {
+struct QueriesWork {
   int b, h, kv_h, m0;
   Walk<QueriesBlock<HEAD_DIM>::COLS> walk;
 };
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_keys(QueriesShared<T, HEAD_DIM>& shared, co
                                           int step) {
   using Block = QueriesBlock<HEAD_DIM>;
   auto& stage = shared.stages[step % 2];
-  const QueriesWork<HEAD_DIM> at = shared.work;
+  const auto& at = shared.work;
   const int n0 = at.walk.at(step).y;
   const T* k = static_cast<const T*>(p.k) + at.b * p.stride_kb + at.kv_h * p.stride_kh;
   load_tile<Block::THREADS, HEAD_DIM, Block::COLS>(stage.k, k, p.stride_ks, n0, at.walk.hi, p.head_dim);
@@ -99,12 +99,12 @@ __device__ __forceinline__ void walk_keys(Gradient<QueriesBlock<HEAD_DIM>, HEAD_
   using Block = QueriesBlock<HEAD_DIM>;
   constexpr bool MASKED = TILES != Tiles::FULL, CLEAN = TILES == Tiles::CLEAN;
   const auto& walk = shared.work.walk;
-  for (int step = TILES == Tiles::RAGGED ? walk.full_steps() : 0;
-       step < (MASKED ? walk.steps() : walk.full_steps()); ++step) {
+  for (int step = TILES == Tiles::RAGGED ? walk.full_steps : 0;
+       step < (MASKED ? walk.steps : walk.full_steps); ++step) {
     auto& stage = shared.stages[step % 2];
     copy_async_wait<0>();
     __syncthreads();  // the stage is there, and no warp reads the other one
-    if (step + 1 < walk.steps()) load_keys(shared, p, step + 1);
+    if (step + 1 < walk.steps) load_keys(shared, p, step + 1);
     Products<Block> s = {}, dp = {};
     multiply_transposed(s, q, stage.k);
     multiply_transposed(dp, dout, stage.v);
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(QueriesBlock<HEAD_DIM>::THREADS)
   load_tile<Block::THREADS, HEAD_DIM, Block::ROWS>(shared.dout, p_dout, p.stride_douts, at.m0, p.seqlen_q,
                                                    p.head_dim);
   copy_async_commit();
-  if (at.walk.steps() > 0) load_keys(shared, p, 0);
+  if (at.walk.steps > 0) load_keys(shared, p, 0);
   copy_async_wait<0>();
   __syncthreads();
   const StayingQueries<T, HEAD_DIM> q(shared.q), dout(shared.dout);

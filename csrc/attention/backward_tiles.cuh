@@ -79,26 +79,26 @@ struct Position {
   }
 };
 
-// The moving rows [lo, hi) of each of `heads` heads in tiles of COLS. Those in [full_lo, full_hi), of which
-// nothing is hidden, are walked first.
+// The moving rows [lo, hi) of each of `heads` heads in `count` tiles of COLS. Those in [full_lo, full_hi), of
+// which nothing is hidden, are walked first.
 template <int COLS>
 struct Walk {
-  int lo, hi, left, full, count, heads;
+  int lo, hi, left, full, count;
+  int full_steps, steps;  // of all heads
 
-  __device__ __forceinline__ Walk(int lo, int hi, int full_lo, int full_hi, int heads)
-      : lo(min(lo, hi)), hi(hi), heads(heads) {
-    left = (min(max(full_lo, this->lo), hi) - this->lo + COLS - 1) / COLS;
-    full = max(min(full_hi, hi) - (this->lo + left * COLS), 0) / COLS;
-    count = (hi - this->lo + COLS - 1) / COLS;
+  __device__ __forceinline__ Walk(int first, int last, int full_lo, int full_hi, int heads)
+      : lo(min(first, last)), hi(last) {
+    left = (min(max(full_lo, lo), hi) - lo + COLS - 1) / COLS;
+    full = max(min(full_hi, hi) - (lo + left * COLS), 0) / COLS;
+    count = (hi - lo + COLS - 1) / COLS;
+    full_steps = heads * full;
+    steps = heads * count;
   }
-
-  __device__ __forceinline__ int full_steps() const { return heads * full; }
-  __device__ __forceinline__ int steps() const { return heads * count; }
 
   // Head (x) and first row (y) of a step.
   __device__ __forceinline__ int2 at(int step) const {
-    if (step < full_steps()) return make_int2(step / full, lo + (left + step % full) * COLS);
-    const int rest = step - full_steps(), ragged = count - full;
+    if (step < full_steps) return make_int2(step / full, lo + (left + step % full) * COLS);
+    const int rest = step - full_steps, ragged = count - full;
     const int index = rest % ragged;
     return make_int2(rest / ragged, lo + (index < left ? index : index + full) * COLS);
   }

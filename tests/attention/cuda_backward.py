@@ -197,32 +197,33 @@ def run(x: Problem, *, dlse: bool = True, **options: Any) -> tuple[list[Tensor],
     return attention_backward(x.dout, *x.qkv, lse, delta, x.bounds(), **dict(x.numbers), **options)
 
 
-def _exact(x: Problem, cotangents: list[Tensor]) -> tuple[list[Tensor], ...]:
+def exact(x: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    """out and lse of the reference in float64, and dq, dk, dv."""
     leaves = [t.double().requires_grad_() for t in x.qkv]
     results = mm.attention(
         *leaves, mask=x.mask, return_lse=True, backend="reference", **dict(x.numbers)
     )
-    return list(results), list(torch.autograd.grad(results, leaves, cotangents))
+    grads = torch.autograd.grad(results, leaves, [x.dout.double(), x.dlse.double()])
+    return list(results), list(grads)
 
 
-def _eager(x: Problem, cotangents: list[Tensor]) -> list[Tensor]:
+def _eager(x: Problem) -> list[Tensor]:
     leaves = [t.clone().requires_grad_() for t in x.qkv]
     dense = None if x.mask is None else x.mask.to_dense()[:, None]
     out, lse = testing.eager_attention(*leaves, mask=dense, **dict(x.numbers))
     results = [out, lse.where(lse > -math.inf, 0.0)]
-    grads = [g.to(t.dtype) for t, g in zip(results, cotangents, strict=True)]
+    grads = [g.to(t.dtype) for t, g in zip(results, (x.dout, x.dlse), strict=True)]
     return list(torch.autograd.grad(results, leaves, grads))
 
 
 def check(x: Problem, **options: Any) -> list[Any]:
     """Holds dq, dk and dv to the error rule; what the emulator counted."""
     got, results = run(x, **options)
-    cotangents = [x.dout.double(), x.dlse.double()]
-    (out, lse), exact = _exact(x, cotangents)
-    delta = (cotangents[0] * out).sum(-1).transpose(1, 2) - cotangents[1]
+    (out, lse), right = exact(x)
+    delta = (x.dout.double() * out).sum(-1).transpose(1, 2) - x.dlse
     rounding = testing.attention_rounding(x.q.dtype, lse, delta)
     names = ("dq", "dk", "dv")
-    for name, *values in zip(names, got, exact, _eager(x, cotangents), strict=True):
+    for name, *values in zip(names, got, right, _eager(x), strict=True):
         testing.assert_accurate(name, *values, rounding)
     assert not got[0].transpose(1, 2)[lse == -math.inf].any(), "dq of a row without a key"
     return results
