@@ -34,6 +34,12 @@ def test_every_mask(mask):
     check(masked(mask, SHAPE, 64))
 
 
+def test_rows_without_a_key_run_through_full_tiles():
+    end = torch.full((1, 200), 261)
+    end[0, [0, 5, 77, 150, 199]] = 0
+    check(problem(SHAPE, 64, mask=mm.masks.IntervalMask(torch.zeros_like(end), end, 261)))
+
+
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [
