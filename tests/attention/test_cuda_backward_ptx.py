@@ -40,6 +40,14 @@ def test_rows_without_a_key_run_through_full_tiles():
     check(problem(SHAPE, 64, mask=mm.masks.IntervalMask(torch.zeros_like(end), end, 261)))
 
 
+@pytest.mark.parametrize("length", [64, 33])
+def test_whole_tiles_of_rows_that_miss_one_key_of_a_tile(length):
+    bounds = torch.tensor([[0, 127], [1, 261], [0, 255], [129, 261], [0, 261], [0, 260]])
+    start, end = bounds.repeat_interleave(length, 0).T[:, None]
+    mask = mm.masks.IntervalMask(start, end, 261)
+    check(problem((1, 6 * length, 261, 1, 1), 64, mask=mask))
+
+
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [
