@@ -138,7 +138,8 @@ __device__ __forceinline__ void load_tile(Row<T, HEAD_DIM>* tile, const T* x, in
   }
 }
 
-// A warp's staying rows as fragments A; HELD: in registers, which spares shared memory half of its reads.
+// A warp's staying rows as fragments A. HELD: in registers, so that shared memory is read once and not for
+// every tile of moving rows.
 template <class Block, typename T, int HEAD_DIM, bool HELD>
 struct StayingRows {
   uint32_t address;
