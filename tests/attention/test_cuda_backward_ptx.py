@@ -37,7 +37,10 @@ def test_every_mask(mask):
 def test_rows_without_a_key_run_through_full_tiles():
     end = torch.full((1, 200), 261)
     end[0, [0, 5, 77, 150, 199]] = 0
-    check(problem(SHAPE, 64, mask=mm.masks.IntervalMask(torch.zeros_like(end), end, 261)))
+    x = problem(SHAPE, 64, mask=mm.masks.IntervalMask(torch.zeros_like(end), end, 261))
+    check(x)
+    x.q[:, 77] = math.nan
+    assert not run(x)[0][0][:, 77].any(), "dq, whatever q is"
 
 
 @pytest.mark.parametrize("length", [64, 33])
