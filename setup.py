@@ -21,7 +21,7 @@ ARCHITECTURES = "8.0+PTX;9.0a"
 # Beside code for 9.0 and 9.0a the driver would choose what runs; PTX of 9.0a runs on nothing else.
 MEANING = {"9.0": ["9.0a"], "9.0+PTX": ["9.0a", "8.0+PTX"]}
 OLDEST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
-CI_SOURCES = r"\.cpp$|_(64|128|14|16)_bf16\.cu$"
+CI_SOURCES = r"\.cpp$|_(64|128|14|16|delta)_bf16\.cu$"
 CSRC = Path(__file__).parent / "csrc"
 
 

@@ -13,7 +13,7 @@ from tests import machine_code
 ROOT = Path(mmkernels.__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
 HOPPER = [source for source in SOURCES if source.stem.startswith("hopper_")]
-QUICK = r"_(64|128|14|16)_bf16$"  # most others differ in a type or a width alone
+QUICK = r"_(64|128|14|16|delta)_bf16$"  # most others differ in a type or a width alone
 
 if not SOURCES:
     pytest.skip("mmkernels is not imported from a source tree", allow_module_level=True)
