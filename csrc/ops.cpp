@@ -17,15 +17,28 @@ STABLE_TORCH_LIBRARY(mmkernels_cuda, m) {
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor? start, Tensor? end, Tensor? row_start, Tensor? row_end, Tensor(a!) dq, Tensor(b!) dk, "
       "Tensor(c!) dv, float softmax_scale, float softcap) -> ()");
+  m.def("patch_embed_forward_built(int patch, bool bfloat16) -> bool");
+  m.def("patch_embed_weight_built(int patch, bool bfloat16) -> bool");
+  m.def(
+      "patch_embed_forward(Tensor pixels, Tensor weight, Tensor? bias, Tensor? pos, Tensor? prefix, "
+      "Tensor? scale, Tensor(a!) out, int step_h, int step_w, int pos_first, int pos_stride, "
+      "bool pos_prefix) -> ()");
+  m.def(
+      "patch_embed_weight(Tensor dout, Tensor pixels, Tensor? scale, Tensor(a!) partial, "
+      "Tensor(b!) dweight, int step_h, int step_w) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("attention_forward_built", TORCH_BOX(&mmkernels::attention_forward_built));
   m.impl("attention_backward_built", TORCH_BOX(&mmkernels::attention_backward_built));
+  m.impl("patch_embed_forward_built", TORCH_BOX(&mmkernels::patch_embed_forward_built));
+  m.impl("patch_embed_weight_built", TORCH_BOX(&mmkernels::patch_embed_weight_built));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels_cuda, CUDA, m) {
   m.impl("attention_forward", TORCH_BOX(&mmkernels::attention_forward));
   m.impl("attention_delta", TORCH_BOX(&mmkernels::attention_delta));
   m.impl("attention_backward", TORCH_BOX(&mmkernels::attention_backward));
+  m.impl("patch_embed_forward", TORCH_BOX(&mmkernels::patch_embed_forward));
+  m.impl("patch_embed_weight", TORCH_BOX(&mmkernels::patch_embed_weight));
 }

@@ -29,4 +29,16 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
                         const std::optional<Tensor>& row_end, const Tensor& dq, const Tensor& dk,
                         const Tensor& dv, double softmax_scale, double softcap);
 
+// Does this build hold kernels for square patches of this size and the weight's dtype?
+bool patch_embed_forward_built(int64_t patch, bool bfloat16);
+bool patch_embed_weight_built(int64_t patch, bool bfloat16);
+
+void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& pos, const std::optional<Tensor>& prefix,
+                         const std::optional<Tensor>& scale, const Tensor& out, int64_t step_h,
+                         int64_t step_w, int64_t pos_first, int64_t pos_stride, bool pos_prefix);
+
+void patch_embed_weight(const Tensor& dout, const Tensor& pixels, const std::optional<Tensor>& scale,
+                        const Tensor& partial, const Tensor& dweight, int64_t step_h, int64_t step_w);
+
 }  // namespace mmkernels

@@ -61,13 +61,13 @@ def ptxsim() -> Any:
 
 
 @functools.cache
-def launchers(name: str, arch: str = "sm_80") -> Any:
-    """A source of csrc/attention, its launcher bound to the emulator."""
+def launchers(name: str, arch: str = "sm_80", folder: str = "attention") -> Any:
+    """A source of a folder of csrc, its launcher bound to the emulator."""
     text = b"".join(path.read_bytes() for path in sorted(CSRC.rglob("*.*")))
     # The emulator keeps what it built, by the command line and the sources beside this one.
     stamp = f"SOURCES_{hashlib.sha256(text).hexdigest()[:16]}"
-    source = CSRC / "attention" / f"{name}.cu"
-    lock = Path(tempfile.gettempdir()) / f"mmkernels_{name}_{arch}_{stamp}.lock"
+    source = CSRC / folder / f"{name}.cu"
+    lock = Path(tempfile.gettempdir()) / f"mmkernels_{folder}_{name}_{arch}_{stamp}.lock"
     with lock.open("w") as file:  # or another process loads what this one has half written
         fcntl.flock(file, fcntl.LOCK_EX)
         return ptxsim().build_host(source, arch, include=[CSRC], defines=[stamp])

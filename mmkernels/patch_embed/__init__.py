@@ -2,6 +2,7 @@
 
 from mmkernels.patch_embed import (  # noqa: F401 (each registers its backend)
     cpu,
+    cuda,
     reference,
     triton_backend,
 )

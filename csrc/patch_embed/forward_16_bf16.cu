@@ -1,0 +1,5 @@
+#include "forward_kernel.cuh"
+
+cudaError_t mmkernels_patch_forward_16_bf16(const mmkernels::PatchForward* params, cudaStream_t stream) {
+  return mmkernels::patch_forward::launch<__nv_bfloat16, 16>(*params, stream);
+}

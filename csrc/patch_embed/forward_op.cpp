@@ -1,0 +1,95 @@
+// The patch embedding's forward pass as an op: checks its tensors, fills the kernel's parameters and launches
+// it.
+#include "forward.h"
+
+#include "check.h"
+#include "ops.h"
+#include "pixel_check.h"
+
+namespace mmkernels {
+namespace {
+
+// Null if this build has no such instance.
+PatchForwardLauncher* patch_forward_launcher(int64_t patch, bool bfloat16) {
+  switch (patch) {
+    case 14:
+      return bfloat16 ? mmkernels_patch_forward_14_bf16 : mmkernels_patch_forward_14_fp16;
+    case 16:
+      return bfloat16 ? mmkernels_patch_forward_16_bf16 : mmkernels_patch_forward_16_fp16;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace
+
+bool patch_embed_forward_built(int64_t patch, bool bfloat16) {
+  return patch_forward_launcher(patch, bfloat16) != nullptr;
+}
+
+void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& pos, const std::optional<Tensor>& prefix,
+                         const std::optional<Tensor>& scale, const Tensor& out, int64_t step_h,
+                         int64_t step_w, int64_t pos_first, int64_t pos_stride, bool pos_prefix) {
+  const int32_t device = pixels.get_device_index();
+  const ScalarType dtype = weight.scalar_type();
+  check_sizes("weight", weight, {-1, -1, -1, weight.size(2)});
+  const int64_t dim = weight.size(0), channels = weight.size(1), patch = weight.size(2);
+  const PatchGrid grid = patch_grid(pixels, channels, patch, step_h, step_w, dtype);
+  const int64_t prefix_rows = prefix.has_value() ? prefix->size(1) : 0;
+  const int64_t sample_rows = prefix_rows + grid.h * grid.w;
+  check_sizes("out", out, {grid.batch * sample_rows, dim});
+  for (const auto& [name, x] : {std::pair{"weight", &weight}, {"out", &out}}) {
+    check_kind(name, *x, device, dtype);
+    check_copyable(name, *x);
+    STD_TORCH_CHECK(x->is_contiguous(), name, " must be contiguous");
+  }
+  STD_TORCH_CHECK(dim % 8 == 0, "the weight has ", dim, " rows, no multiple of 8");
+
+  PatchForward p = {};
+  fill_grid(p, pixels, grid, step_h, step_w);
+  p.weight = weight.data_ptr(), p.out = out.data_ptr();
+  p.channels = int32_t(channels), p.dim = int32_t(dim), p.prefix_rows = int32_t(prefix_rows);
+  p.parts = 1;
+  if (bias.has_value()) {
+    p.bias_float = bias->scalar_type() == ScalarType::Float;
+    check_kind("bias", *bias, device, p.bias_float ? ScalarType::Float : dtype);
+    check_sizes("bias", *bias, {dim});
+    check_copyable("bias", *bias);
+    p.bias = bias->data_ptr();
+  }
+  if (scale.has_value()) {
+    check_kind("scale", *scale, device, ScalarType::Float);
+    check_sizes("scale", *scale, {scale->size(0) == 1 ? 1 : channels});
+    STD_TORCH_CHECK(scale->is_contiguous(), "scale must be contiguous");
+    p.scale = static_cast<const float*>(scale->data_ptr());
+    p.parts = int32_t(scale->size(0));
+  }
+  if (prefix.has_value()) {
+    check_kind("prefix", *prefix, device, dtype);
+    check_sizes("prefix", *prefix, {prefix->size(0) == 1 ? 1 : grid.batch, prefix_rows, dim});
+    check_copyable("prefix", *prefix);
+    p.prefix = prefix->data_ptr();
+    p.stride_prefix_b = prefix->size(0) == 1 ? 0 : prefix->stride(0);
+    p.stride_prefix_p = prefix->stride(1);
+  }
+  if (pos.has_value()) {
+    check_kind("pos", *pos, device, dtype);
+    check_sizes("pos", *pos, {-1, dim});
+    check_copyable("pos", *pos);
+    const int64_t slots = pos_prefix ? sample_rows : grid.h * grid.w;
+    const int64_t last = pos_first + (grid.batch - 1) * pos_stride + slots;
+    STD_TORCH_CHECK(pos_first >= 0 && pos_stride >= 0 && last <= pos->size(0), "pos has ", pos->size(0),
+                    " slots, not ", last);
+    p.pos = pos->data_ptr();
+    p.stride_pos = pos->stride(0);
+    p.pos_first = int32_t(pos_first), p.pos_stride = int32_t(pos_stride), p.pos_prefix = pos_prefix;
+  }
+
+  PatchForwardLauncher* launch = patch_forward_launcher(patch, dtype == ScalarType::BFloat16);
+  STD_TORCH_CHECK(launch != nullptr, "this build has no kernel for patches of ", patch);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_launch(launch(&p, current_stream(device)));
+}
+
+}  // namespace mmkernels

@@ -1,0 +1,102 @@
+// How the kernels of the patch embedding fetch pixels: piece by piece into rows of shared memory.
+//
+// A piece is what one copy moves, neighbours in a row of a patch: 16 bytes where patches are 16 wide, and two
+// pixels where they are 14 wide, for a patch then starts at no more than a multiple of two pixels. Pixels of
+// the weight's dtype are copied past the registers. Bytes are held in registers while products are under way
+// and then written as 16-bit floats, which hold them exactly.
+#pragma once
+
+#include "../ptx.cuh"
+
+namespace mmkernels {
+
+// Pixels of a piece.
+template <typename Pixel, int P>
+constexpr int PIECE = P == 16 ? 16 / sizeof(Pixel) : 2;
+
+// A piece of bytes, in registers.
+template <int P>
+struct Bytes;
+template <>
+struct Bytes<14> {
+  uint16_t x;
+};
+template <>
+struct Bytes<16> {
+  uint4 x;
+};
+
+// Where value `index` of a patch lies, in the order of the weight.
+template <int P>
+struct Value {
+  int c, h, w;
+
+  __device__ __forceinline__ explicit Value(int index)
+      : c(index / (P * P)), h(index / P % P), w(index % P) {}
+
+  template <int STEP>
+  __device__ __forceinline__ void advance() {
+    w += STEP % P;
+    h += STEP / P;
+    if (STEP % P != 0 && w >= P) w -= P, ++h;
+    if (h >= P) h -= P, ++c;
+  }
+
+  __device__ __forceinline__ int64_t offset(int64_t stride_c, int64_t stride_h) const {
+    return c * stride_c + h * stride_h + w;
+  }
+};
+
+// "cp.async": 4 or 8 bytes, zeros if not `valid`.
+template <int SIZE>
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool valid) {
+  if constexpr (SIZE == 16)
+    copy_async_16(target, source, valid);
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(target), "l"(source), "n"(SIZE),
+                 "r"(valid ? SIZE : 0)
+                 : "memory");
+}
+
+// Bytes 2 i and 2 i + 1 of x as two floats of type T. In 2^23 + x the last bits are those of x.
+template <typename T>
+__device__ __forceinline__ uint32_t two_floats(uint32_t x, int i) {
+  constexpr uint32_t MAGIC = 0x4b000000;
+  const float low = __uint_as_float(__byte_perm(x, MAGIC, 0x7440 + 2 * i)) - __uint_as_float(MAGIC);
+  const float high = __uint_as_float(__byte_perm(x, MAGIC, 0x7441 + 2 * i)) - __uint_as_float(MAGIC);
+  return pack<T>(low, high);
+}
+
+__device__ __forceinline__ void store_shared(uint32_t target, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(target), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t target, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(target), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
+// Of 4 bytes four floats.
+template <typename T>
+__device__ __forceinline__ uint2 four_floats(uint32_t x) {
+  return make_uint2(two_floats<T>(x, 0), two_floats<T>(x, 1));
+}
+
+// Writes a piece of bytes as floats; `at(i)` is the address of the piece's 16-byte word i, and word `first`
+// is written first.
+template <typename T, typename Address>
+__device__ __forceinline__ void store_floats(const Bytes<16>& bytes, int first, Address at) {
+  const uint2 a = four_floats<T>(bytes.x.x), b = four_floats<T>(bytes.x.y);
+  const uint2 c = four_floats<T>(bytes.x.z), d = four_floats<T>(bytes.x.w);
+  const uint4 low = make_uint4(a.x, a.y, b.x, b.y), high = make_uint4(c.x, c.y, d.x, d.y);
+  store_shared(at(first), first == 0 ? low : high);
+  store_shared(at(1 - first), first == 0 ? high : low);
+}
+
+template <typename T, typename Address>
+__device__ __forceinline__ void store_floats(const Bytes<14>& bytes, int, Address at) {
+  store_shared(at(0), two_floats<T>(bytes.x, 0));
+}
+
+}  // namespace mmkernels

@@ -1,0 +1,124 @@
+// What a block of the weight's kernel works on: its tiles in shared memory, and how they come from global
+// memory. Numbers and layout are explained in weight_kernel.cuh.
+#pragma once
+
+#include "pixels.cuh"
+#include "weight.h"
+
+namespace mmkernels::patch_weight {
+
+constexpr int BLOCK_D = 128;  // values of a token
+constexpr int BLOCK_V = 128;  // values of a patch
+constexpr int BLOCK_P = 32;   // patches of one step
+constexpr int STAGES = 3;
+constexpr int THREADS = 128;
+constexpr int WARP_TILE = 64;
+constexpr int ROW_BYTES = 256;  // of either tile
+
+struct Stage {
+  unsigned char dout[BLOCK_P][ROW_BYTES];
+  unsigned char pixels[BLOCK_P][ROW_BYTES];
+};
+
+// Where the patches of a step, and the rows of dout that belong to them, start, in elements; -1: none.
+struct Places {
+  int64_t patch[BLOCK_P], row[BLOCK_P];
+};
+
+struct Shared {
+  Stage stages[STAGES];
+  Places places[2];  // of the step that is sent for, and of the next one
+};
+
+// Address of byte `byte` of a row in a tile: eight rows, read at one place, meet every bank once.
+__device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int byte) {
+  return tile + row * ROW_BYTES + (byte ^ (row % 8 * 16));
+}
+
+// A block's share of the patches.
+struct Share {
+  int first, last;
+
+  __device__ __forceinline__ Share(const PatchWeight& p, int split) {
+    const int patches = p.batch * p.grid_h * p.grid_w;
+    const int steps = (patches + BLOCK_P - 1) / BLOCK_P;
+    const int size = (steps + p.splits - 1) / p.splits * BLOCK_P;
+    first = int(min(int64_t(split) * size, int64_t(patches)));
+    last = min(first + size, patches);
+  }
+};
+
+// Lane i of the first warp looks up patch m0 + i.
+__device__ __forceinline__ void find_patches(Places& places, const PatchWeight& p, int m0, int last) {
+  if (threadIdx.x >= BLOCK_P) return;
+  const int tokens = p.grid_h * p.grid_w, m = m0 + threadIdx.x;
+  int64_t patch = -1, row = -1;
+  if (m < last) {
+    const int b = m / tokens, token = m % tokens;
+    patch = b * p.stride_xb + token / p.grid_w * (p.step_h * p.stride_xh) + token % p.grid_w * p.step_w;
+    row = (m + int64_t(b + 1) * p.prefix_rows) * p.dim;
+  }
+  places.patch[threadIdx.x] = patch;
+  places.row[threadIdx.x] = row;
+}
+
+// Sends for tiles; each thread always copies the same piece of a patch, and the same word of a row of dout.
+template <typename T, typename Pixel, int P>
+struct Loader {
+  static constexpr bool BYTES = sizeof(Pixel) == 1;
+  static constexpr int LANES = BLOCK_V / PIECE<Pixel, P>;  // threads that share a patch
+  static constexpr int ROWS = THREADS / LANES;
+  static constexpr int DOUT_LANES = ROW_BYTES / 16;
+  static constexpr int DOUT_ROWS = THREADS / DOUT_LANES;
+
+  const Pixel* pixels;  // of the piece, in a patch at 0; null: the piece lies beyond the patch
+  const T* dout;        // of the word, in a row at 0; null: it lies beyond the row
+  Bytes<P> bytes[BYTES ? BLOCK_P / ROWS : 1];
+
+  __device__ __forceinline__ Loader(const PatchWeight& p, int d0, int v0) : pixels(nullptr), dout(nullptr) {
+    const int v = v0 + piece(), d = d0 + word() * 8;
+    if (v < p.channels * P * P)
+      pixels = static_cast<const Pixel*>(p.pixels) + Value<P>(v).offset(p.stride_xc, p.stride_xh);
+    if (d < p.dim) dout = static_cast<const T*>(p.dout) + d;
+  }
+
+  __device__ __forceinline__ static int piece() { return threadIdx.x % LANES * PIECE<Pixel, P>; }
+  __device__ __forceinline__ static int word() { return threadIdx.x % DOUT_LANES; }
+
+  // The tiles of these patches on their way to `stage`; bytes to registers.
+  __device__ __forceinline__ void load(Stage& stage, const Places& places, const PatchWeight& p) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_P / DOUT_ROWS; ++i) {
+      const int row = threadIdx.x / DOUT_LANES + i * DOUT_ROWS;
+      const bool there = dout != nullptr && places.row[row] >= 0;
+      copy_async_16(swizzled(shared_address(stage.dout), row, word() * 16),
+                    there ? dout + places.row[row] : p.dout, there);
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK_P / ROWS; ++i) {
+      const int row = threadIdx.x / LANES + i * ROWS;
+      const bool there = pixels != nullptr && places.patch[row] >= 0;
+      const Pixel* source = there ? pixels + places.patch[row] : static_cast<const Pixel*>(p.pixels);
+      if constexpr (BYTES)
+        bytes[i] = there ? *reinterpret_cast<const Bytes<P>*>(source) : Bytes<P>{};
+      else
+        copy_async<PIECE<Pixel, P> * 2>(swizzled(shared_address(stage.pixels), row, piece() * 2), source, there);
+    }
+  }
+
+  // What `load` left in registers to the same stage.
+  __device__ __forceinline__ void store(Stage& stage) {
+    if constexpr (BYTES) {
+      const uint32_t tile = shared_address(stage.pixels);
+      const int first = threadIdx.x % 8 / 4;  // eight pieces of a row meet every bank once
+#pragma unroll
+      for (int i = 0; i < BLOCK_P / ROWS; ++i) {
+        const int row = threadIdx.x / LANES + i * ROWS;
+        store_floats<T>(bytes[i], first,
+                        [&](int word) { return swizzled(tile, row, piece() * 2 + word * 16); });
+      }
+    }
+  }
+};
+
+}  // namespace mmkernels::patch_weight

@@ -1,0 +1,194 @@
+"""Is the CUDA patch embedding right, both passes? Its launchers and PTX run in the emulator."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmkernels as mm
+from mmkernels import testing
+from mmkernels.patch_embed import cuda
+from mmkernels.patch_embed.build import build
+from tests.patch_embed.cases import EQUAL, IMAGENET, Case, image_bytes, normal, weights
+from tests.patch_embed.cases import check as check_case
+from tests.patch_embed.cuda_harness import emulated, on_device, run, useful_flops
+
+pytestmark = [pytest.mark.nvcc, pytest.mark.ptxsim]
+slow = pytest.mark.slow
+bf16, fp16 = torch.bfloat16, torch.float16
+PATCHES = pytest.mark.parametrize("patch", [14, 16])
+
+
+def case(
+    pixels: Tensor, patch: int, dim: int = 136, prefix: int = 2, pos: str = "all", **options: Any
+) -> Case:
+    """A call with a bias, prefix tokens, and positions of `all` rows, of `tokens`, or `none`."""
+    stride = options.get("stride", patch)
+    height, width = ((n - patch) // stride + 1 for n in pixels.shape[2:])
+    tail = {"prefix_tokens": normal(prefix, dim, seed=5)} if prefix else {}
+    if pos != "none":
+        slots = height * width + (prefix if pos == "all" else 0)
+        tail["pos_embed"] = normal(slots, dim, seed=6)
+    return Case(pixels, weights(dim, pixels.shape[1], patch, patch) | tail | options)
+
+
+def check(made: Case, dtype: torch.dtype = bf16, **emulation: Any) -> list[Any]:
+    """Holds out and all gradients to the error rule; what the emulator counted."""
+    launches = []
+
+    def results(cast: Case) -> dict[str, Tensor]:
+        done = run(cast, **emulation)
+        launches.extend(done.launches)
+        return done.results
+
+    check_case(made, dtype, results)
+    return launches
+
+
+def images(patch: int, batch: int = 5, channels: int = 3, *, raw: bool = False) -> Tensor:
+    """Of 6 x 6 patches, and a rest that belongs to none."""
+    shape = (batch, channels, 6 * patch + 3, 5 * patch + 16)
+    return image_bytes(*shape) if raw else normal(*shape)
+
+
+STATISTICS = {"plain": {}, "one std": EQUAL, "several stds": IMAGENET}
+
+
+@PATCHES
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+@pytest.mark.parametrize("kind", ["floats", *STATISTICS])
+def test_every_kind_of_pixels(kind, dtype, patch):
+    """More rows, and more values of a token, than a tile holds."""
+    raw = kind != "floats"
+    check(case(images(patch, raw=raw), patch, **STATISTICS.get(kind, {})), dtype)
+
+
+@PATCHES
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("pos", ["none", "tokens", "all"])
+def test_prefix_and_positions(prefix, pos, patch):
+    check(case(images(patch, 3), patch, 40, prefix, pos))
+
+
+@PATCHES
+def test_without_bias_and_with_the_mean_alone(patch):
+    for raw in (False, True):
+        made = case(images(patch, 2, raw=raw), patch, 40, **(EQUAL if raw else {}))
+        del made.options["bias"]
+        check(made)
+
+
+def test_prefix_and_positions_of_each_sample():
+    made = case(images(16, 3), 16, 40)
+    own = {"prefix_tokens": normal(3, 2, 40, seed=5), "pos_embed": normal(3, 38, 40, seed=6)}
+    check(Case(made.pixels, made.options | own))
+
+
+@PATCHES
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns"), [(1, 1, 1), (127, 1, 1), (1, 1, 128), (43, 3, 1), (3, 11, 7)]
+)
+def test_rows_around_a_tile(batch, rows, columns, patch):
+    """1, 127, 128, 129 and 231 patches; their gradient in one share, and in two."""
+    check(case(normal(batch, 1, rows * patch, columns * patch), patch, 24, prefix=0, pos="none"))
+
+
+@PATCHES
+@pytest.mark.parametrize("dim", [8, 120, 128, 264])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_values_of_a_token_around_a_tile(channels, dim, patch):
+    check(case(images(patch, 2, channels), patch, dim))
+
+
+@PATCHES
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("kind", ["part of a wider image", "one image for all", "frames of a clip"])
+def test_strides(kind, raw, patch):
+    x = images(patch, 2, raw=raw)
+    if kind == "part of a wider image":
+        wide = x.new_full((3, 5, x.shape[2] + 2, x.shape[3] + 48), 255 if raw else torch.nan)
+        wide[1:, 2:, 2:, 32:-16] = x
+        x = on_device(wide)[1:, 2:, 2:, 32:-16]
+    elif kind == "one image for all":
+        x = on_device(x[:1]).expand(3, -1, -1, -1)
+    else:
+        x = on_device(torch.stack((x, x.flip(0)), 2))[:, :, 1]
+    assert not x.is_contiguous()
+    check(case(x, patch, 40, **(IMAGENET if raw else {})))
+
+
+@pytest.mark.parametrize(("patch", "stride"), [(16, 8), (16, 24), (14, 10), (14, 16)])
+def test_patches_that_overlap_or_lie_apart(patch, stride):
+    made = case(normal(2, 3, 70, 90), patch, 40, stride=stride)
+    # A width of 90 is no multiple of 8 pixels.
+    pixels = on_device(torch.nn.functional.pad(made.pixels, (0, 6)).to(bf16))[..., :90]
+    check(Case(pixels, made.options))
+
+
+def test_arguments_that_cannot_be_copied_in_words():
+    made = case(images(16, 2), 16, 40).to(bf16)
+    odd = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in made.options.items()}
+    check(Case(made.pixels, odd))
+
+
+@PATCHES
+def test_images_of_mixed_size(patch):
+    shapes = [(3, rows * patch, 32 + 2 * patch) for rows in (2, 1, 5)]
+    pixels = [on_device(normal(*shape, seed=shape[1]).to(bf16)) for shape in shapes]
+    tokens = sum(x.shape[1] // patch * (x.shape[2] // patch) for x in pixels)
+    tail = {"pos_embed": normal(tokens + 3, 40), "prefix_tokens": normal(1, 40)}
+    options = {name: x.to(bf16) for name, x in (weights(40, 3, patch, patch) | tail).items()}
+    dout = normal(tokens + 3, 40, seed=99).to(bf16)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in options.items()}
+        images = [x.to(dtype) for x in pixels]
+        out = mm.patch_embed_varlen(images, backend="reference", **leaves)[0]
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout.to(dtype))]
+
+    call = build("patch_embed_varlen", [x[None] for x in pixels], **options)
+    with emulated():
+        out = cuda.forward(*call)
+        _, *grads, _ = cuda.backward(dout, *call, [False, True, True, True, True, False])
+    got = [out, *(x.reshape(y.shape) for x, y in zip(grads, options.values(), strict=True))]
+    # The reference in bfloat16 computes in float32: a yardstick harder than eager torch.
+    for name, *three in zip(("out", *options), got, reference(torch.float64), reference(bf16), strict=True):
+        testing.assert_accurate(name, *three)
+
+
+@PATCHES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_reaches_its_own_token_and_no_other(bad, patch):
+    clean = case(images(patch, 2), patch, 40).to(bf16)
+    dirty = clean.pixels.clone()
+    dirty[1, 2, 3 * patch - 1, patch] = bad  # row 2, column 1 of the second sample
+    dirty[0, :, 6 * patch :] = dirty[:, :, :, 6 * patch :] = bad  # in no patch
+    got = run(Case(dirty, clean.options), backward=False).results["out"]
+    wanted = run(clean, backward=False).results["out"]
+    touched = torch.zeros(wanted.shape[:2], dtype=torch.bool)
+    touched[1, 2 + 2 * 6 + 1] = True
+    assert torch.equal(got[~touched], wanted[~touched])
+    assert not got[touched].isfinite().any()
+
+
+@PATCHES
+@pytest.mark.parametrize("raw", [False, True])
+def test_every_order_of_warps_gives_the_same_bits(raw, patch):
+    made = case(images(patch, raw=raw), patch, **(IMAGENET if raw else {})).to(bf16)
+    first, *others = (run(made, seed=seed).results for seed in (0, 7, 1234))
+    for other in others:
+        assert all(torch.equal(x, other[name]) for name, x in first.items())
+
+
+@PATCHES
+def test_code_for_hopper(patch):
+    check(case(images(patch), patch), arch="sm_90")
+    check(case(images(patch, raw=True), patch, **IMAGENET), arch="sm_90")
+
+
+def test_no_samples():
+    made = Case(normal(0, 3, 32, 32), weights(40, 3, 16, 16)).to(bf16)
+    done = run(made)
+    assert not done.launches and done.results["out"].numel() == 0
+    assert not done.results["dweight"].any()
