@@ -129,10 +129,9 @@ __global__ void __launch_bounds__(THREADS, 2) patch_forward_kernel(const __grid_
   const int tiles_n = (p.dim + BLOCK_N - 1) / BLOCK_N;
   const int m0 = blockIdx.x / tiles_n * BLOCK_M;  // what shares pixels runs side by side
   const int n0 = blockIdx.x % tiles_n * BLOCK_N;
-  find_rows(shared, p, m0);
-  __syncthreads();
+  find_rows(shared, p, m0, n0, p.channels * P * P);
 
-  Loader<T, Pixel, P> loader(p, shared, n0);
+  Loader<T, Pixel, P> loader(p, shared);
   const int part_values = loader.part_values;
   const int steps = p.parts * ((part_values + BLOCK_K - 1) / BLOCK_K);
 #pragma unroll

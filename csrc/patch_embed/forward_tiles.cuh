@@ -27,8 +27,10 @@ struct Shared {
     Stage stages[STAGES];
     float out[THREADS / 32][16][STAGED_ROW];  // 16 rows of each warp at a time
   };
-  // Of each row where its patch, its position and its prefix token start, in elements; -1: it has none.
+  // Of each row where its patch starts, in elements, and its position and its prefix token; -1: it has none.
+  // A row without a patch is computed from the first one, and not used.
   int64_t patch[BLOCK_M], pos[BLOCK_M], prefix[BLOCK_M];
+  int64_t weight[BLOCK_N];  // the same of weight; rows beyond the last one repeat it
 };
 
 // Address of byte `byte` of a row in a tile: eight rows, read at one place, meet every bank once.
@@ -36,11 +38,12 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int byte) {
   return tile + row * (BLOCK_K * 2) + (byte ^ (row / 2 % 4 * 16));
 }
 
-// Thread i looks up row i.
-__device__ __forceinline__ void find_rows(Shared& shared, const PatchForward& p, int m0) {
+// Thread i looks up row i of out and of the weight. Ends with a barrier.
+__device__ __forceinline__ void find_rows(Shared& shared, const PatchForward& p, int m0, int n0,
+                                          int values) {
   const int tokens = p.grid_h * p.grid_w, sample_rows = p.prefix_rows + tokens;
   const int row = m0 + threadIdx.x;
-  int64_t patch = -1, pos = -1, prefix = -1;
+  int64_t patch = 0, pos = -1, prefix = -1;
   if (row < p.batch * sample_rows) {
     const int b = row / sample_rows, place = row % sample_rows, token = place - p.prefix_rows;
     if (token >= 0)
@@ -53,6 +56,8 @@ __device__ __forceinline__ void find_rows(Shared& shared, const PatchForward& p,
   shared.patch[threadIdx.x] = patch;
   shared.pos[threadIdx.x] = pos;
   shared.prefix[threadIdx.x] = prefix;
+  shared.weight[threadIdx.x] = int64_t(min(n0 + int(threadIdx.x), p.dim - 1)) * values;
+  __syncthreads();
 }
 
 // Sends for the tiles of one step after the other; each thread always copies the same piece of a step.
@@ -66,32 +71,32 @@ struct Loader {
   static constexpr int WEIGHT_ROWS = THREADS / WEIGHT_LANES;
 
   const PatchForward& p;
-  Shared& shared;
-  int n0, part_values;
+  const Shared& shared;
+  int part_values;
   int part = 0, k = 0;  // the first value of the step
   Value<P> value;       // of this thread's piece
   Bytes<P> bytes[BYTES ? BLOCK_M / ROWS : 1];
 
-  __device__ __forceinline__ Loader(const PatchForward& p, Shared& shared, int n0)
-      : p(p), shared(shared), n0(n0), part_values(p.channels * P * P / p.parts), value(piece()) {}
+  __device__ __forceinline__ Loader(const PatchForward& p, const Shared& shared)
+      : p(p), shared(shared), part_values(p.channels * P * P / p.parts), value(piece()) {}
 
   __device__ __forceinline__ static int piece() { return threadIdx.x % LANES * PIECE<Pixel, P>; }
 
-  // The step's tiles on their way to `stage`; bytes to registers.
+  // The step's tiles on their way to `stage`; bytes to registers. Zeros beyond the part.
   __device__ __forceinline__ void load(Stage& stage) {
     load_weight(stage);
     const bool valid = k + piece() < part_values;
-    const Pixel* x = static_cast<const Pixel*>(p.pixels) + value.offset(p.stride_xc, p.stride_xh);
+    const int64_t offset = valid ? value.offset(p.stride_xc, p.stride_xh) : 0;
+    const Pixel* x = static_cast<const Pixel*>(p.pixels) + offset;
     const uint32_t tile = shared_address(stage.pixels);
 #pragma unroll
     for (int i = 0; i < BLOCK_M / ROWS; ++i) {
       const int row = threadIdx.x / LANES + i * ROWS;
-      const int64_t patch = shared.patch[row];
-      const bool there = valid && patch >= 0;
+      const Pixel* source = x + shared.patch[row];
       if constexpr (BYTES)
-        bytes[i] = there ? *reinterpret_cast<const Bytes<P>*>(x + patch) : Bytes<P>{};
+        bytes[i] = valid ? *reinterpret_cast<const Bytes<P>*>(source) : Bytes<P>{};
       else
-        copy_async<PIECE<Pixel, P> * 2>(swizzled(tile, row, piece() * 2), there ? x + patch : p.pixels, there);
+        copy_async<PIECE<Pixel, P> * 2>(swizzled(tile, row, piece() * 2), source, valid);
     }
     advance();
   }
@@ -112,15 +117,12 @@ struct Loader {
   __device__ __forceinline__ void load_weight(Stage& stage) {
     const int first = threadIdx.x % WEIGHT_LANES * WEIGHTS;
     const bool valid = k + first < part_values;
-    const int64_t row_values = int64_t(p.parts) * part_values;
-    const T* weight = static_cast<const T*>(p.weight) + part * part_values + k + first;
+    const T* weight = static_cast<const T*>(p.weight) + (valid ? part * part_values + k + first : 0);
     const uint32_t tile = shared_address(stage.weight);
 #pragma unroll
     for (int i = 0; i < BLOCK_N / WEIGHT_ROWS; ++i) {
       const int row = threadIdx.x / WEIGHT_LANES + i * WEIGHT_ROWS;
-      const bool there = valid && n0 + row < p.dim;
-      const void* source = there ? weight + (n0 + row) * row_values : p.weight;
-      copy_async<WEIGHTS * 2>(swizzled(tile, row, first * 2), source, there);
+      copy_async<WEIGHTS * 2>(swizzled(tile, row, first * 2), weight + shared.weight[row], valid);
     }
   }
 

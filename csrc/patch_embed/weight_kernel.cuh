@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_c
     __syncthreads();
     if (i == STAGES - 1) break;
     if (i < steps) {
-      loader.load(shared.stages[i], shared.places[i % 2], p);
+      loader.load(shared.stages[i], shared.places[i % 2], share.last - share.first - i * BLOCK_P);
       loader.store(shared.stages[i]);
     }
     copy_async_commit();
@@ -82,9 +82,10 @@ __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_c
     __syncthreads();  // this step's tiles are there, and no warp reads those of the step before
     const int ahead = step + STAGES - 1;
     const bool more = ahead < steps;
-    if (more) loader.load(shared.stages[next], shared.places[ahead % 2], p);
+    const int m0 = share.first + ahead * BLOCK_P;
+    if (more) loader.load(shared.stages[next], shared.places[ahead % 2], share.last - m0);
     copy_async_commit();
-    find_patches(shared.places[(ahead + 1) % 2], p, share.first + (ahead + 1) * BLOCK_P, share.last);
+    find_patches(shared.places[(ahead + 1) % 2], p, m0 + BLOCK_P, share.last);
     multiply<T>(acc, shared.stages[current], 0);
     multiply<T>(acc, shared.stages[current], 16);
     if (more) loader.store(shared.stages[next]);

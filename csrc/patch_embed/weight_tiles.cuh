@@ -20,7 +20,7 @@ struct Stage {
   unsigned char pixels[BLOCK_P][ROW_BYTES];
 };
 
-// Where the patches of a step, and the rows of dout that belong to them, start, in elements; -1: none.
+// Where the patches of a step, and the rows of dout that belong to them, start, in elements.
 struct Places {
   int64_t patch[BLOCK_P], row[BLOCK_P];
 };
@@ -48,18 +48,15 @@ struct Share {
   }
 };
 
-// Lane i of the first warp looks up patch m0 + i.
+// Lane i of the first warp looks up patch m0 + i; the first one stands in for those beyond the last.
 __device__ __forceinline__ void find_patches(Places& places, const PatchWeight& p, int m0, int last) {
   if (threadIdx.x >= BLOCK_P) return;
   const int tokens = p.grid_h * p.grid_w, m = m0 + threadIdx.x;
-  int64_t patch = -1, row = -1;
-  if (m < last) {
-    const int b = m / tokens, token = m % tokens;
-    patch = b * p.stride_xb + token / p.grid_w * (p.step_h * p.stride_xh) + token % p.grid_w * p.step_w;
-    row = (m + int64_t(b + 1) * p.prefix_rows) * p.dim;
-  }
-  places.patch[threadIdx.x] = patch;
-  places.row[threadIdx.x] = row;
+  const bool there = m < last;
+  const int b = there ? m / tokens : 0, token = there ? m % tokens : 0;
+  places.patch[threadIdx.x] =
+      b * p.stride_xb + token / p.grid_w * (p.step_h * p.stride_xh) + token % p.grid_w * p.step_w;
+  places.row[threadIdx.x] = there ? (m + int64_t(b + 1) * p.prefix_rows) * p.dim : 0;
 }
 
 // Sends for tiles; each thread always copies the same piece of a patch, and the same word of a row of dout.
@@ -71,38 +68,39 @@ struct Loader {
   static constexpr int DOUT_LANES = ROW_BYTES / 16;
   static constexpr int DOUT_ROWS = THREADS / DOUT_LANES;
 
-  const Pixel* pixels;  // of the piece, in a patch at 0; null: the piece lies beyond the patch
-  const T* dout;        // of the word, in a row at 0; null: it lies beyond the row
+  // Of this thread's piece and word, in a patch and a row at 0. Those beyond the last ones repeat the first:
+  // what becomes of them is not stored.
+  const Pixel* pixels;
+  const T* dout;
   Bytes<P> bytes[BYTES ? BLOCK_P / ROWS : 1];
 
-  __device__ __forceinline__ Loader(const PatchWeight& p, int d0, int v0) : pixels(nullptr), dout(nullptr) {
+  __device__ __forceinline__ Loader(const PatchWeight& p, int d0, int v0) {
     const int v = v0 + piece(), d = d0 + word() * 8;
-    if (v < p.channels * P * P)
-      pixels = static_cast<const Pixel*>(p.pixels) + Value<P>(v).offset(p.stride_xc, p.stride_xh);
-    if (d < p.dim) dout = static_cast<const T*>(p.dout) + d;
+    const Value<P> value(v < p.channels * P * P ? v : 0);
+    pixels = static_cast<const Pixel*>(p.pixels) + value.offset(p.stride_xc, p.stride_xh);
+    dout = static_cast<const T*>(p.dout) + (d < p.dim ? d : 0);
   }
 
   __device__ __forceinline__ static int piece() { return threadIdx.x % LANES * PIECE<Pixel, P>; }
   __device__ __forceinline__ static int word() { return threadIdx.x % DOUT_LANES; }
 
-  // The tiles of these patches on their way to `stage`; bytes to registers.
-  __device__ __forceinline__ void load(Stage& stage, const Places& places, const PatchWeight& p) {
+  // The tiles of these `count` patches on their way to `stage`, bytes to registers. Zeros beyond the last.
+  __device__ __forceinline__ void load(Stage& stage, const Places& places, int count) {
 #pragma unroll
     for (int i = 0; i < BLOCK_P / DOUT_ROWS; ++i) {
       const int row = threadIdx.x / DOUT_LANES + i * DOUT_ROWS;
-      const bool there = dout != nullptr && places.row[row] >= 0;
-      copy_async_16(swizzled(shared_address(stage.dout), row, word() * 16),
-                    there ? dout + places.row[row] : p.dout, there);
+      copy_async_16(swizzled(shared_address(stage.dout), row, word() * 16), dout + places.row[row],
+                    row < count);
     }
 #pragma unroll
     for (int i = 0; i < BLOCK_P / ROWS; ++i) {
       const int row = threadIdx.x / LANES + i * ROWS;
-      const bool there = pixels != nullptr && places.patch[row] >= 0;
-      const Pixel* source = there ? pixels + places.patch[row] : static_cast<const Pixel*>(p.pixels);
+      const Pixel* source = pixels + places.patch[row];
       if constexpr (BYTES)
-        bytes[i] = there ? *reinterpret_cast<const Bytes<P>*>(source) : Bytes<P>{};
+        bytes[i] = row < count ? *reinterpret_cast<const Bytes<P>*>(source) : Bytes<P>{};
       else
-        copy_async<PIECE<Pixel, P> * 2>(swizzled(shared_address(stage.pixels), row, piece() * 2), source, there);
+        copy_async<PIECE<Pixel, P> * 2>(swizzled(shared_address(stage.pixels), row, piece() * 2), source,
+                                        row < count);
     }
   }
 

@@ -1,8 +1,8 @@
-"""The patch embedding on the CUDA kernels of `csrc/patch_embed`, which the compiled extension holds.
+"""The patch embedding on the CUDA kernels of `csrc/patch_embed`, held by the compiled extension.
 
 The extension registers its launchers as ops of its own, `torch.ops.mmkernels_cuda`; it is loaded
-when a call first asks whether it could serve. The forward pass is one kernel a tensor of pixels, the
-weight's gradient two; all other gradients are sums and products of torch's.
+when a call first asks whether it could serve. The forward pass is one kernel a tensor of pixels,
+the weight's gradient two; all other gradients are sums and products of torch's.
 
 With s = 1 / (255 std) for bytes, the kernels multiply bytes as they are and scale sums:
 
@@ -211,8 +211,8 @@ def _rows(x: Tensor, item: Item) -> Tensor:
 def backward(dout: Tensor, *inputs: Any) -> tuple:
     """The gradients that are wanted; see `_core/ops.py`."""
     *arguments, wanted = inputs
-    call, dout = Call(*map(_resolved, arguments)), _resolved(dout).contiguous()
-    dout = _copyable(dout)
+    call = Call(*map(_resolved, arguments))
+    dout = _copyable(_resolved(dout).contiguous())
     mean = any(call.pixel_mean)
     sums = []
     if any(wanted[2:]) or (wanted[1] and mean):

@@ -1,4 +1,4 @@
-"""The CUDA patch embedding without a GPU: `patch_embed/cuda.py`, its ops run by the emulator of PTX."""
+"""`patch_embed/cuda.py` without a GPU: its ops run by the emulator of PTX."""
 
 import contextlib
 import ctypes
@@ -162,7 +162,8 @@ def run(case: Case, backward: bool = True, **emulation: Any) -> Run:
         results = {"out": out.view(len(case.pixels), -1 if len(out) else 0, out.shape[1])}
         if backward:
             leaves = {"pixels": case.pixels} | case.options
-            floats = [n for n, x in leaves.items() if isinstance(x, Tensor) and x.is_floating_point()]
+            tensors = {name: x for name, x in leaves.items() if isinstance(x, Tensor)}
+            floats = [name for name, x in tensors.items() if x.is_floating_point()]
             names = ("pixels", "weight", "bias", "pos_embed", "prefix_tokens")
             wanted = [*(name in floats for name in names), False]
             dout = placed(normal(*results["out"].shape, seed=99).to(out).flatten(0, 1))
@@ -174,6 +175,9 @@ def run(case: Case, backward: bool = True, **emulation: Any) -> Run:
 
 def useful_flops(case: Case) -> int:
     """Of the product alone: two for each pixel of each patch and each value of a token."""
-    weight, stride = case.options["weight"], case.options.get("stride", case.options["weight"].shape[2])
+    weight, stride = (
+        case.options["weight"],
+        case.options.get("stride", case.options["weight"].shape[2]),
+    )
     height, width = ((n - weight.shape[2]) // stride + 1 for n in case.pixels.shape[2:])
     return 2 * len(case.pixels) * height * width * math.prod(weight.shape)

@@ -153,7 +153,9 @@ def test_images_of_mixed_size(patch):
         _, *grads, _ = cuda.backward(dout, *call, [False, True, True, True, True, False])
     got = [out, *(x.reshape(y.shape) for x, y in zip(grads, options.values(), strict=True))]
     # The reference in bfloat16 computes in float32: a yardstick harder than eager torch.
-    for name, *three in zip(("out", *options), got, reference(torch.float64), reference(bf16), strict=True):
+    for name, *three in zip(
+        ("out", *options), got, reference(torch.float64), reference(bf16), strict=True
+    ):
         testing.assert_accurate(name, *three)
 
 
@@ -192,3 +194,63 @@ def test_no_samples():
     done = run(made)
     assert not done.launches and done.results["out"].numel() == 0
     assert not done.results["dweight"].any()
+
+
+def weight_launch(dout: Tensor, pixels: Tensor, splits: int) -> Tensor:
+    """(D, C, P, P), by so many shares of the patches."""
+    shape = (dout.shape[1], pixels.shape[1], 16, 16)
+    partial, dweight = torch.empty(splits, *shape), torch.empty(shape)
+    with emulated() as ops:
+        ops.patch_embed_weight(dout, pixels, None, partial, dweight, 16, 16)
+    return dweight
+
+
+def test_shares_of_the_patches():
+    """231 patches are 8 steps: of one share, of several, and of more than there are steps."""
+    pixels = on_device(normal(3, 1, 11 * 16, 7 * 16).to(bf16))
+    dout = on_device(normal(3 * (2 + 77), 40, seed=9).to(bf16))
+    one = weight_launch(dout, pixels, 1)
+    rows = torch.nn.functional.unfold(pixels.float(), 16, stride=16).mT.flatten(0, 1)
+    exact = dout.float().unflatten(0, (3, 79))[:, 2:].flatten(0, 1).T @ rows
+    torch.testing.assert_close(one.flatten(1), exact, rtol=1e-4, atol=1e-4)
+    for splits in (2, 3, 5, 8, 11):
+        torch.testing.assert_close(weight_launch(dout, pixels, splits), one, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("processors", [1, 4, 132])
+def test_shares_fill_the_gpu_and_none_is_short(processors):
+    for patches, dim, values in ((49, 768, 768), (6272, 768, 768), (23328, 1152, 588)):
+        splits = cuda._splits(patches, (dim, values), processors)
+        tiles = -(-dim // 128) * -(-values // 128)
+        assert splits == 1 or splits * tiles <= 2 * processors
+        assert splits == 1 or patches >= 128 * splits
+
+
+# Sectors of global memory that are asked for, beside the least; a piece of two pixels is not one.
+SECTORS = {(16, False): 1.02, (16, True): 1.06, (14, False): 1.62, (14, True): 1.85}
+
+
+@PATCHES
+@pytest.mark.parametrize("raw", [False, True])
+def test_nothing_is_moved_or_computed_twice(raw, patch):
+    """Of 256 rows and 256 values: two tiles by two. 588 values of a patch are 592, or 5 tiles."""
+    side = 8 * patch
+    pixels = image_bytes(4, 3, side, side) if raw else normal(4, 3, side, side)
+    made = case(pixels, patch, 256, prefix=0, pos="none", **(EQUAL if raw else {})).to(bf16)
+    forward, weight, _ = run(made, processors=1).launches
+    values = 3 * patch * patch
+    tiles = -(-values // 128)
+    flops = useful_flops(made)
+    assert forward["mma_flops"] == flops * -(-values // 16) * 16 // values
+    assert weight["mma_flops"] == flops * tiles * 128 // values
+    assert max(forward["mma_flops"], weight["mma_flops"]) <= 1.10 * flops
+    for launch in (forward, weight):
+        assert launch["lds_conflict"] == launch["sts_conflict"] == 0
+    image = pixels.numel() * (1 if raw else 2)
+    least = 2 * (image + 2 * 256 * values) / 32
+    assert forward["gld_sectors"] <= SECTORS[patch, raw] * least
+    assert forward["gst_sectors"] == 256 * 256 * 2 / 32
+    least = (2 * image + tiles * 256 * 256 * 2) / 32
+    assert weight["gld_sectors"] <= SECTORS[patch, raw] * least
+    # Rows of 588 float32 start in the middle of a sector, every other one.
+    assert weight["gst_sectors"] <= 256 * values * 4 / 32 * (1 if patch == 16 else 1.51)

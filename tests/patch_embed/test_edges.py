@@ -9,12 +9,19 @@ from torch import Tensor
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels._core import registry
 from tests.attention import backends
-from tests.patch_embed.cases import EQUAL, IMAGENET, Case, image_bytes, normal, tokens_of, weights
+from tests.patch_embed.cases import (
+    BACKENDS,
+    EQUAL,
+    IMAGENET,
+    Case,
+    image_bytes,
+    normal,
+    tokens_of,
+    weights,
+)
 
-ALL = tuple(backend.name for backend in registry.backends("patch_embed_forward"))
-EVERY = backends.each(*ALL)
+EVERY = backends.each(*BACKENDS)
 NAN, INF = math.nan, math.inf
 
 
@@ -165,7 +172,7 @@ def assert_near(got: dict[str, Tensor], wanted: dict[str, Tensor], eps: float = 
     [
         backends.param(name, backend, on=backend, id=f"{name}-{backend}")
         for name in ODD
-        for backend in ALL
+        for backend in BACKENDS
         if backend != "triton" or name in INTERPRETED
     ],
 )

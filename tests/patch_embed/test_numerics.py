@@ -7,11 +7,8 @@ import pytest
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels._core import registry
 from tests.attention import backends
-from tests.patch_embed.cases import CASES, Case, check
-
-ALL = tuple(backend.name for backend in registry.backends("patch_embed_forward"))
+from tests.patch_embed.cases import BACKENDS, CASES, Case, check
 
 
 def run(backend: str, case: Case):
@@ -23,7 +20,7 @@ def run(backend: str, case: Case):
 def backends_and_dtypes():
     return [
         backends.param(name, dtype, on=name, id=f"{name}-{backends.short(dtype)}")
-        for name, dtype in itertools.product(ALL, backends.DTYPES)
+        for name, dtype in itertools.product(BACKENDS, backends.DTYPES)
         if backends.serves(name, dtype)
     ]
 

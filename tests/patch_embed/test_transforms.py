@@ -10,12 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels._core import ops, registry
+from mmkernels._core import ops
 from mmkernels.patch_embed.api import differentiable_arguments
 from mmkernels.patch_embed.build import build
 from mmkernels.patch_embed.call import Call
 from tests.attention import backends
 from tests.patch_embed.cases import (
+    BACKENDS,
     CASES,
     EQUAL,
     IMAGENET,
@@ -26,9 +27,8 @@ from tests.patch_embed.cases import (
     weights,
 )
 
-ALL = tuple(backend.name for backend in registry.backends("patch_embed_forward"))
-EVERY = backends.each(*ALL)
-AUTO_TOO = backends.each("auto", *ALL)
+EVERY = backends.each(*BACKENDS)
+AUTO_TOO = backends.each("auto", *BACKENDS)
 FEW = backends.each("auto", "triton")
 
 
@@ -81,13 +81,13 @@ def layouts_and_backends(*names: str):
     )
 
 
-@layouts_and_backends("auto", *ALL)
+@layouts_and_backends("auto", *BACKENDS)
 def test_opcheck_forward(name, backend):
     call = call_of(case_for(name, backend))
     torch.library.opcheck(torch.ops.mmkernels.patch_embed_forward.default, (*call, backend))
 
 
-@layouts_and_backends("auto", *ALL)
+@layouts_and_backends("auto", *BACKENDS)
 def test_opcheck_backward(name, backend):
     call = call_of(case_for(name, backend))
     dout = torch.randn_like(ops.call("patch_embed_forward", *call, backend))
@@ -98,7 +98,7 @@ def test_opcheck_backward(name, backend):
     torch.library.opcheck(op, (dout, *call, [False] * 6, backend))
 
 
-@backends.each(*ALL)
+@backends.each(*BACKENDS)
 def test_opcheck_of_pixels_with_channels_last_and_expanded_samples(backend):
     """A gradient has the strides that the fake says, whatever those of its argument."""
     op = torch.ops.mmkernels.patch_embed_backward.default
@@ -225,7 +225,7 @@ def test_export(name):
     torch.testing.assert_close(program.module()(more), Model()(more))
 
 
-@backends.each_in([torch.bfloat16, torch.float16], "auto", *ALL)
+@backends.each_in([torch.bfloat16, torch.float16], "auto", *BACKENDS)
 @pytest.mark.parametrize("name", ["masked", "image_stds"])
 def test_autocast(name, backend, dtype):
     case = case_for(name, backend)

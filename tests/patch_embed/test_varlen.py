@@ -6,12 +6,10 @@ from torch import Tensor
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels._core import registry
 from tests.attention import backends
-from tests.patch_embed.cases import EQUAL, IMAGENET, image_bytes, normal, weights
+from tests.patch_embed.cases import BACKENDS, EQUAL, IMAGENET, image_bytes, normal, weights
 
-ALL = tuple(backend.name for backend in registry.backends("patch_embed_forward"))
-EVERY = backends.each("auto", *ALL)
+EVERY = backends.each("auto", *BACKENDS)
 FEW = backends.each("cpu", "triton")
 D = 20
 SIZES = ((8, 12), (4, 4), (11, 6), (8, 12))  # with patches of 4 x 4: 6, 1, 2 and 6 tokens
