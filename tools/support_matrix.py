@@ -27,9 +27,9 @@ LEFT_OUT = {
     "cuda": {
         "cpu": "`cpu` serves CPU tensors only.",
         "cuda": "`cuda` serves by name only, where the extension is built, in float16 and "
-        "bfloat16: `attention` with head dims of 64, 72, 80, 96 and 128, interval masks and softcap, and "
-        "`patch_embed` of images in patches of 14 × 14 and 16 × 16, without padding, pos_index and "
-        "token_mask. It is not yet measured on a GPU.",
+        "bfloat16: `attention` with head dims of 64, 72, 80, 96 and 128, interval masks and "
+        "softcap, and `patch_embed` of images in patches of 14 × 14 and 16 × 16, without padding, "
+        "pos_index and token_mask. It is not yet measured on a GPU.",
     },
 }
 

@@ -16,7 +16,17 @@ __device__ __forceinline__ void prefetch_descriptor(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-// "cp.async.bulk.tensor": a box of a 4-d tensor to shared memory; its bytes count for the barrier.
+// "cp.async.bulk.tensor": a box of a 2-d tensor to shared memory; its bytes count for the barrier.
+__device__ __forceinline__ void tma_load(void* target, const CUtensorMap& map, uint64_t& barrier, int x0,
+                                         int x1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];\n" ::"r"(shared_address(target)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(x0), "r"(x1)
+      : "memory");
+}
+
+// The same, of a 4-d tensor.
 __device__ __forceinline__ void tma_load(void* target, const CUtensorMap& map, uint64_t& barrier, int x0,
                                          int x1, int x2, int x3) {
   asm volatile(

@@ -15,19 +15,36 @@
 //
 // Four warps hold 64 x 64 products each. Tiles of three steps are in flight; their rows are 64 bytes, two to
 // a line of the banks, with their 16-byte words permuted, so that neither copies nor ldmatrix meet a bank
-// twice. At the end 16 rows of a warp at a time go through shared memory as float32, so that positions are
-// read, and out is written, in whole lines.
+// twice. At the end 16 rows of a warp at a time go through shared memory, in float32.
 //
 // Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, for the operation.
 #pragma once
 
 #include <climits>
 
-#include "forward_tiles.cuh"
+#include "forward_rows.cuh"
 
 namespace mmkernels::patch_forward {
 
+constexpr int BLOCK_K = 32;  // values of a patch in one step
+constexpr int STAGES = 3;
+constexpr int THREADS = GROUP;  // one for each row, where rows are looked up
+constexpr int WARP_TILE = 64;
 constexpr int TILES = WARP_TILE / 16;
+
+struct Stage {
+  unsigned char pixels[BLOCK_M][BLOCK_K * 2];
+  unsigned char weight[BLOCK_N][BLOCK_K * 2];
+};
+
+struct Shared {
+  union {
+    Stage stages[STAGES];
+    Staged staged[THREADS / 32];
+  };
+  int64_t patch[BLOCK_M], pos[BLOCK_M], prefix[BLOCK_M];  // of each row
+  int64_t weight[BLOCK_N];  // where each row of the weight starts; those beyond the last one repeat it
+};
 
 // Of a warp's 64 rows and 64 columns: fragments C.
 using Products = float[TILES][WARP_TILE / 8][4];
@@ -35,14 +52,42 @@ using Products = float[TILES][WARP_TILE / 8][4];
 __device__ __forceinline__ int warp_row() { return threadIdx.x / 64 * WARP_TILE; }
 __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % 2 * WARP_TILE; }
 
+// Thread i looks up row i of out and of the weight.
+__device__ __forceinline__ void find_rows(Shared& shared, const PatchForward& p, int m0, int n0) {
+  const int thread = threadIdx.x;
+  const Row row(p, m0 + thread);
+  shared.patch[thread] = row.patch;
+  shared.pos[thread] = row.pos;
+  shared.prefix[thread] = row.prefix;
+  shared.weight[thread] = min(n0 + thread, p.dim - 1) * p.stride_weight;
+}
+
+// A step's weights on their way to the stage; zeros beyond the part.
+template <typename T, int P>
+__device__ __forceinline__ void load_weight(Stage& stage, const Shared& shared, const PatchForward& p,
+                                            int part, int part_values, int k) {
+  constexpr int WORD = P == 16 ? 8 : 4;  // of one copy: a part of 196 starts at a multiple of 4
+  constexpr int LANES = BLOCK_K / WORD, ROWS = THREADS / LANES;
+  const int first = threadIdx.x % LANES * WORD;
+  const bool valid = k + first < part_values;
+  const T* weight = static_cast<const T*>(p.weight) + (valid ? part * part_values + k + first : 0);
+  const uint32_t tile = shared_address(stage.weight);
+#pragma unroll
+  for (int i = 0; i < BLOCK_N / ROWS; ++i) {
+    const int row = threadIdx.x / LANES + i * ROWS;
+    copy_async<WORD * 2>(swizzled<BLOCK_K * 2>(tile, row, first * 2), weight + shared.weight[row], valid);
+  }
+}
+
 // acc += pixels weight^T of this warp, values k to k + 15 of the step.
 template <typename T>
 __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int k) {
   const int lane = threadIdx.x % 32;
-  const uint32_t a_tile =
-      swizzled(shared_address(stage.pixels), warp_row() + lane % 16, k * 2 + lane / 16 * 16);
-  const uint32_t b_tile = swizzled(shared_address(stage.weight), warp_column() + lane / 16 * 8 + lane % 8,
-                                   k * 2 + lane / 8 % 2 * 16);
+  const uint32_t a_tile = swizzled<BLOCK_K * 2>(shared_address(stage.pixels), warp_row() + lane % 16,
+                                                k * 2 + lane / 16 * 16);
+  const uint32_t b_tile =
+      swizzled<BLOCK_K * 2>(shared_address(stage.weight), warp_column() + lane / 16 * 8 + lane % 8,
+                            k * 2 + lane / 8 % 2 * 16);
   uint32_t a[TILES][4];
 #pragma unroll
   for (int m = 0; m < TILES; ++m) load_matrices(a[m], a_tile + m * 16 * BLOCK_K * 2);
@@ -58,87 +103,32 @@ __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int k) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float4 load_four(const T* x) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(x);
-  float2 low, high;
-  if constexpr (std::is_same_v<T, __half>) {
-    low = __half22float2(reinterpret_cast<const __half2&>(raw.x));
-    high = __half22float2(reinterpret_cast<const __half2&>(raw.y));
-  } else {
-    low = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw.x));
-    high = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw.y));
-  }
-  return make_float4(low.x, low.y, high.x, high.y);
-}
-
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-// bias[n : n + 4]
-template <typename T>
-__device__ __forceinline__ float4 load_bias(const PatchForward& p, int n) {
-  if (p.bias == nullptr) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  if (p.bias_float) return *reinterpret_cast<const float4*>(static_cast<const float*>(p.bias) + n);
-  return load_four(static_cast<const T*>(p.bias) + n);
-}
-
-// Four values of a row of out, from the products' sum and the bias.
-template <typename T>
-__device__ __forceinline__ void store_four(const Shared& shared, const PatchForward& p, int m0, int row,
-                                           int n, float4 x) {
-  if (shared.prefix[row] >= 0) x = load_four(static_cast<const T*>(p.prefix) + shared.prefix[row] + n);
-  if (shared.pos[row] >= 0) x = x + load_four(static_cast<const T*>(p.pos) + shared.pos[row] + n);
-  T* out = static_cast<T*>(p.out) + int64_t(m0 + row) * p.dim + n;
-  *reinterpret_cast<uint2*>(out) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
-}
-
-// Rows of out from acc; all stages are free.
-template <typename T>
-__device__ __forceinline__ void finish(const Products& acc, Shared& shared, const PatchForward& p, int m0,
-                                       int n0) {
-  const int lane = threadIdx.x % 32, column = lane % 16 * 4;
-  float(*staged)[STAGED_ROW] = shared.out[threadIdx.x / 32];
-  const int n = n0 + warp_column() + column;
-  const int rows = p.batch * (p.prefix_rows + p.grid_h * p.grid_w);
-  const float4 bias = n < p.dim ? load_bias<T>(p, n) : float4{};
-#pragma unroll
-  for (int m = 0; m < TILES; ++m) {
-#pragma unroll
-    for (int j = 0; j < WARP_TILE / 8; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<float2*>(&staged[lane / 4 + half * 8][j * 8 + lane % 4 * 2]) =
-            make_float2(acc[m][j][2 * half], acc[m][j][2 * half + 1]);
-    __syncwarp();
-#pragma unroll
-    for (int i = lane / 16; i < 16; i += 2) {
-      const int row = warp_row() + m * 16 + i;
-      if (m0 + row < rows && n < p.dim)
-        store_four<T>(shared, p, m0, row, n, *reinterpret_cast<const float4*>(&staged[i][column]) + bias);
-    }
-    __syncwarp();
-  }
-}
-
+// x[i : i + 4] of type T, or of float32.
 template <typename T, typename Pixel, int P>
 __global__ void __launch_bounds__(THREADS, 2) patch_forward_kernel(const __grid_constant__ PatchForward p) {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const int tiles_n = (p.dim + BLOCK_N - 1) / BLOCK_N;
   const int m0 = blockIdx.x / tiles_n * BLOCK_M;  // what shares pixels runs side by side
   const int n0 = blockIdx.x % tiles_n * BLOCK_N;
-  find_rows(shared, p, m0, n0, p.channels * P * P);
+  find_rows(shared, p, m0, n0);
+  __syncthreads();
 
-  Loader<T, Pixel, P> loader(p, shared);
+  using Loader = PixelLoader<T, Pixel, P, BLOCK_K>;
+  Loader loader(p, shared.patch);
+  typename Loader::Pieces pieces;
+  const auto load = [&](Stage& stage) {
+    load_weight<T, P>(stage, shared, p, loader.part, loader.part_values, loader.k);
+    loader.load(shared_address(stage.pixels), pieces);
+    loader.advance();
+  };
   const int part_values = loader.part_values;
   const int steps = p.parts * ((part_values + BLOCK_K - 1) / BLOCK_K);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
     if (i < steps) {
-      loader.load(shared.stages[i]);
-      loader.store(shared.stages[i]);
+      load(shared.stages[i]);
+      Loader::store(shared_address(shared.stages[i].pixels), pieces);
     }
     copy_async_commit();
   }
@@ -148,11 +138,11 @@ __global__ void __launch_bounds__(THREADS, 2) patch_forward_kernel(const __grid_
     copy_async_wait<STAGES - 2>();
     __syncthreads();  // this step's tiles are there, and no warp reads those of the step before
     const bool more = step + STAGES - 1 < steps;
-    if (more) loader.load(shared.stages[next]);
+    if (more) load(shared.stages[next]);
     copy_async_commit();
     multiply<T>(acc, shared.stages[current], 0);
     if (k + 16 < part_values) multiply<T>(acc, shared.stages[current], 16);
-    if (more) loader.store(shared.stages[next]);
+    if (more) Loader::store(shared_address(shared.stages[next].pixels), pieces);
     current = current + 1 == STAGES ? 0 : current + 1;
     next = next + 1 == STAGES ? 0 : next + 1;
     k += BLOCK_K;
@@ -170,13 +160,19 @@ __global__ void __launch_bounds__(THREADS, 2) patch_forward_kernel(const __grid_
       ++part;
     }
   }
-  __syncthreads();
-  finish<T>(acc, shared, p, m0, n0);
+  __syncthreads();  // all stages are free
+  const int rows = p.batch * sample_rows(p);
+#pragma unroll
+  for (int m = 0; m < TILES; ++m) {
+    const int row = warp_row() + m * 16;
+    const Ends ends = {shared.pos + row, shared.prefix + row, m0 + row, rows - m0 - row};
+    finish<T>(acc[m][0], shared.staged[threadIdx.x / 32], ends, p, n0 + warp_column());
+  }
 }
 
 template <typename T, typename Pixel, int P>
 cudaError_t launch(const PatchForward& p, cudaStream_t stream) {
-  const int64_t rows = int64_t(p.batch) * (p.prefix_rows + p.grid_h * p.grid_w);
+  const int64_t rows = int64_t(p.batch) * sample_rows(p);
   const int64_t blocks = (rows + BLOCK_M - 1) / BLOCK_M * ((p.dim + BLOCK_N - 1) / BLOCK_N);
   if (blocks == 0) return cudaSuccess;
   if (rows > INT_MAX - BLOCK_M || blocks > INT_MAX) return cudaErrorInvalidConfiguration;

@@ -21,6 +21,14 @@ PatchForwardLauncher* patch_forward_launcher(int64_t patch, bool bfloat16) {
   }
 }
 
+// x, part of what follows the product, holds the weight's dtype or float32: is it the latter?
+bool check_tail(const char* name, const Tensor& x, int32_t device, ScalarType dtype) {
+  const bool is_float = x.scalar_type() == ScalarType::Float;
+  check_kind(name, x, device, is_float ? ScalarType::Float : dtype);
+  check_copyable(name, x);
+  return is_float;
+}
+
 }  // namespace
 
 bool patch_embed_forward_built(int64_t patch, bool bfloat16) {
@@ -39,23 +47,25 @@ void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::
   const int64_t prefix_rows = prefix.has_value() ? prefix->size(1) : 0;
   const int64_t sample_rows = prefix_rows + grid.h * grid.w;
   check_sizes("out", out, {grid.batch * sample_rows, dim});
-  for (const auto& [name, x] : {std::pair{"weight", &weight}, {"out", &out}}) {
-    check_kind(name, *x, device, dtype);
-    check_copyable(name, *x);
-    STD_TORCH_CHECK(x->is_contiguous(), name, " must be contiguous");
-  }
+  check_kind("weight", weight, device, dtype);
+  check_kind("out", out, device, dtype);
+  check_copyable("out", out);
+  const bool whole_rows = weight.stride(3) == 1 && weight.stride(2) == patch &&
+                          (channels == 1 || weight.stride(1) == patch * patch);
+  STD_TORCH_CHECK(whole_rows && weight.stride(0) % 4 == 0 && uintptr_t(weight.data_ptr()) % 16 == 0,
+                  "weight must start at a multiple of 16 bytes, its rows be contiguous, and start at "
+                  "multiples of 4 elements");
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   STD_TORCH_CHECK(dim % 8 == 0, "the weight has ", dim, " rows, no multiple of 8");
 
   PatchForward p = {};
   fill_grid(p, pixels, grid, step_h, step_w);
   p.weight = weight.data_ptr(), p.out = out.data_ptr();
   p.channels = int32_t(channels), p.dim = int32_t(dim), p.prefix_rows = int32_t(prefix_rows);
-  p.parts = 1;
+  p.stride_weight = weight.stride(0), p.parts = 1;
   if (bias.has_value()) {
-    p.bias_float = bias->scalar_type() == ScalarType::Float;
-    check_kind("bias", *bias, device, p.bias_float ? ScalarType::Float : dtype);
     check_sizes("bias", *bias, {dim});
-    check_copyable("bias", *bias);
+    p.bias_float = check_tail("bias", *bias, device, dtype);
     p.bias = bias->data_ptr();
   }
   if (scale.has_value()) {
@@ -66,17 +76,15 @@ void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::
     p.parts = int32_t(scale->size(0));
   }
   if (prefix.has_value()) {
-    check_kind("prefix", *prefix, device, dtype);
     check_sizes("prefix", *prefix, {prefix->size(0) == 1 ? 1 : grid.batch, prefix_rows, dim});
-    check_copyable("prefix", *prefix);
+    p.prefix_float = check_tail("prefix", *prefix, device, dtype);
     p.prefix = prefix->data_ptr();
     p.stride_prefix_b = prefix->size(0) == 1 ? 0 : prefix->stride(0);
     p.stride_prefix_p = prefix->stride(1);
   }
   if (pos.has_value()) {
-    check_kind("pos", *pos, device, dtype);
     check_sizes("pos", *pos, {-1, dim});
-    check_copyable("pos", *pos);
+    p.pos_float = check_tail("pos", *pos, device, dtype);
     const int64_t slots = pos_prefix ? sample_rows : grid.h * grid.w;
     const int64_t last = pos_first + (grid.batch - 1) * pos_stride + slots;
     STD_TORCH_CHECK(pos_first >= 0 && pos_stride >= 0 && last <= pos->size(0), "pos has ", pos->size(0),

@@ -26,6 +26,15 @@ struct Bytes<16> {
   uint4 x;
 };
 
+// Address of byte `byte` of a row in a tile in shared memory, as TMA's 128-byte swizzle has it: eight rows,
+// read at one 16-byte word, meet every bank once. Tiles begin at multiples of 1024 bytes.
+template <int ROW_BYTES>
+__device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int byte) {
+  constexpr int ROWS = ROW_BYTES < 128 ? 128 / ROW_BYTES : 1;  // of one line of the banks
+  constexpr int WORDS = ROW_BYTES < 128 ? ROW_BYTES / 16 : 8;
+  return tile + row * ROW_BYTES + (byte ^ (row / ROWS % WORDS * 16));
+}
+
 // Where value `index` of a patch lies, in the order of the weight.
 template <int P>
 struct Value {

@@ -38,11 +38,11 @@ __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int m) {
   const int b_row = m + lane % 16, b_byte = (warp_column() + lane / 16 * 8) * 2;
   uint32_t a[TILES][4];
 #pragma unroll
-  for (int d = 0; d < TILES; ++d) load_matrices_transposed(a[d], swizzled(dout, a_row, a_byte + d * 32));
+  for (int d = 0; d < TILES; ++d) load_matrices_transposed(a[d], swizzled<ROW_BYTES>(dout, a_row, a_byte + d * 32));
 #pragma unroll
   for (int v = 0; v < TILES; ++v) {
     uint32_t b[4];  // columns 16 v to 16 v + 7 and the next 8
-    load_matrices_transposed(b, swizzled(pixels, b_row, b_byte + v * 32));
+    load_matrices_transposed(b, swizzled<ROW_BYTES>(pixels, b_row, b_byte + v * 32));
 #pragma unroll
     for (int d = 0; d < TILES; ++d) {
       mma<T>(acc[d][2 * v], a[d], b[0], b[1]);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int m) {
 
 template <typename T, typename Pixel, int P>
 __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_constant__ PatchWeight p) {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
   const int values = p.channels * P * P;
   const int tiles_v = (values + BLOCK_V - 1) / BLOCK_V, tiles_d = (p.dim + BLOCK_D - 1) / BLOCK_D;
@@ -113,7 +113,8 @@ constexpr int REDUCE_THREADS = 256;
 
 // Four values of dweight a thread: all of one channel, as P P is a multiple of 4.
 template <int P>
-__global__ void __launch_bounds__(REDUCE_THREADS) patch_weight_reduce_kernel(const __grid_constant__ PatchWeight p) {
+__global__ void __launch_bounds__(REDUCE_THREADS)
+    patch_weight_reduce_kernel(const __grid_constant__ PatchWeight p) {
   const int64_t size = int64_t(p.dim) * p.channels * P * P;
   const int64_t i = (int64_t(blockIdx.x) * REDUCE_THREADS + threadIdx.x) * 4;
   if (i >= size) return;

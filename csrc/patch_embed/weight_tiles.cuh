@@ -30,11 +30,6 @@ struct Shared {
   Places places[2];  // of the step that is sent for, and of the next one
 };
 
-// Address of byte `byte` of a row in a tile: eight rows, read at one place, meet every bank once.
-__device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int byte) {
-  return tile + row * ROW_BYTES + (byte ^ (row % 8 * 16));
-}
-
 // A block's share of the patches.
 struct Share {
   int first, last;
@@ -89,7 +84,7 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < BLOCK_P / DOUT_ROWS; ++i) {
       const int row = threadIdx.x / DOUT_LANES + i * DOUT_ROWS;
-      copy_async_16(swizzled(shared_address(stage.dout), row, word() * 16), dout + places.row[row],
+      copy_async_16(swizzled<ROW_BYTES>(shared_address(stage.dout), row, word() * 16), dout + places.row[row],
                     row < count);
     }
 #pragma unroll
@@ -99,7 +94,7 @@ struct Loader {
       if constexpr (BYTES)
         bytes[i] = row < count ? *reinterpret_cast<const Bytes<P>*>(source) : Bytes<P>{};
       else
-        copy_async<PIECE<Pixel, P> * 2>(swizzled(shared_address(stage.pixels), row, piece() * 2), source,
+        copy_async<PIECE<Pixel, P> * 2>(swizzled<ROW_BYTES>(shared_address(stage.pixels), row, piece() * 2), source,
                                         row < count);
     }
   }
@@ -113,7 +108,7 @@ struct Loader {
       for (int i = 0; i < BLOCK_P / ROWS; ++i) {
         const int row = threadIdx.x / LANES + i * ROWS;
         store_floats<T>(bytes[i], first,
-                        [&](int word) { return swizzled(tile, row, piece() * 2 + word * 16); });
+                        [&](int word) { return swizzled<ROW_BYTES>(tile, row, piece() * 2 + word * 16); });
       }
     }
   }

@@ -82,6 +82,10 @@ def _call_why_not(call: Call) -> str | None:
     for name, x in (("pos_index", call.pos_index), ("token_mask", call.token_mask)):
         if x is not None:
             return f"{name} is given; the CUDA kernels know none"
+    tail = {"bias": call.bias, "pos_embed": call.pos_embed, "prefix_tokens": call.prefix}
+    for name, x in tail.items():
+        if x is not None and x.dtype not in (weight.dtype, torch.float32):
+            return f"{name} is {x.dtype}; the CUDA kernels take the weight's dtype and float32"
     for index, x in enumerate(call.pixels):
         name = "pixels" if len(call.pixels) == 1 else f"images[{index}]"
         if (reason := _pixels_why_not(x, call, name)) is not None:

@@ -26,10 +26,10 @@ class PatchForward(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, "pixels weight bias scale pos prefix out"),
         *_fields(ctypes.c_int64, "stride_xb stride_xc stride_xh"),
-        *_fields(ctypes.c_int64, "stride_pos stride_prefix_b stride_prefix_p"),
+        *_fields(ctypes.c_int64, "stride_weight stride_pos stride_prefix_b stride_prefix_p"),
         *_fields(ctypes.c_int32, "batch channels dim grid_h grid_w step_h step_w prefix_rows"),
         *_fields(ctypes.c_int32, "pos_first pos_stride parts"),
-        *_fields(ctypes.c_bool, "bytes bias_float pos_prefix"),
+        *_fields(ctypes.c_bool, "bytes bias_float pos_float prefix_float pos_prefix"),
     )
 
 
@@ -58,10 +58,11 @@ class Ops:
         pos_first: int, pos_stride: int, pos_prefix: bool,
     ) -> None:  # fmt: skip
         p = PatchForward(
-            dim=len(weight), pos_first=pos_first, pos_stride=pos_stride, pos_prefix=pos_prefix,
+            dim=len(weight), stride_weight=weight.stride(0), pos_first=pos_first, pos_stride=pos_stride, pos_prefix=pos_prefix,
             parts=1 if scale is None else len(scale), stride_pos=_stride(pos, 0),
             stride_prefix_b=0 if prefix is None or len(prefix) == 1 else prefix.stride(0),
             stride_prefix_p=_stride(prefix, 1), bias_float=_is_float(bias),
+            pos_float=_is_float(pos), prefix_float=_is_float(prefix),
             prefix_rows=0 if prefix is None else prefix.shape[1],
             **_grid(pixels, weight.shape[2], step_h, step_w),
         )  # fmt: skip

@@ -45,6 +45,7 @@ def image(*shape: int, dtype: torch.dtype = bf16) -> Tensor:
         ({"pixels": image(2, 3, 32, 56, dtype=uint8)}, "start at multiples of 16 pixels"),
         ({"pixels": image(2, 3, 32, 49), "weight": (64, 3, 14, 14)}, "at multiples of 2 pixels"),
         ({"pixels": image(2, 3, 32, 56)[..., 4:]}, "start at multiples of 8 pixels"),
+        ({"pos_embed": image(6, 64, dtype=torch.float64)}, "pos_embed is torch.float64"),
         ({"stride": 10}, "patches 10 apart"),
         (
             {"pos_embed": image(9, 64), "pos_index": torch.zeros(6, dtype=torch.int32)},

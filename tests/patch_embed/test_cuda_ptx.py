@@ -126,6 +126,21 @@ def test_patches_that_overlap_or_lie_apart(patch, stride):
     check(Case(pixels, made.options))
 
 
+@pytest.mark.parametrize("names", [("bias",), ("pos_embed",), ("prefix_tokens",), ()])
+def test_arguments_in_float32(names):
+    """As autocast leaves them: all but the weight, or one of them."""
+    made = case(images(16, 2), 16, 40).to(bf16)
+    wide = {name: x.float() for name, x in made.options.items() if name in names or not names}
+    mixed = Case(made.pixels, made.options | wide | {"weight": made.options["weight"]})
+    got = run(mixed).results
+    exact = mixed.to(torch.float64).results(mm.patch_embed, backend="reference")
+    eager = mixed.to(bf16).results(testing.eager_patch_embed)
+    for name, x in got.items():
+        testing.assert_accurate(name, x, exact[name], eager[name])
+        wanted = mixed.options.get(name.removeprefix("d"), mixed.pixels)
+        assert x.dtype == wanted.dtype
+
+
 def test_arguments_that_cannot_be_copied_in_words():
     made = case(images(16, 2), 16, 40).to(bf16)
     odd = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in made.options.items()}
