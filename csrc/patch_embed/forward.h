@@ -31,6 +31,7 @@ struct PatchForward {
   int32_t prefix_rows;
   int32_t pos_first, pos_stride;  // slot of the first sample's first row, slots from sample to sample
   int32_t parts;                  // 1 or C: after each of them the sums so far are multiplied by its scale
+  int32_t processors;             // multiprocessors of the GPU
   bool bytes;                     // pixels are uint8
   bool bias_float, pos_float, prefix_float;  // float32, not of the weight's dtype
   bool pos_prefix;                           // the slots of a sample begin with its prefix
@@ -50,9 +51,9 @@ MMKERNELS_LAUNCHER(mmkernels_patch_forward_14_fp16);
 MMKERNELS_LAUNCHER(mmkernels_patch_forward_14_bf16);
 MMKERNELS_LAUNCHER(mmkernels_patch_forward_16_fp16);
 MMKERNELS_LAUNCHER(mmkernels_patch_forward_16_bf16);
-MMKERNELS_LAUNCHER(mmkernels_patch_hopper_forward_14_fp16);
-MMKERNELS_LAUNCHER(mmkernels_patch_hopper_forward_14_bf16);
-MMKERNELS_LAUNCHER(mmkernels_patch_hopper_forward_16_fp16);
-MMKERNELS_LAUNCHER(mmkernels_patch_hopper_forward_16_bf16);
+MMKERNELS_LAUNCHER(mmkernels_patch_forward_sm90_14_fp16);
+MMKERNELS_LAUNCHER(mmkernels_patch_forward_sm90_14_bf16);
+MMKERNELS_LAUNCHER(mmkernels_patch_forward_sm90_16_fp16);
+MMKERNELS_LAUNCHER(mmkernels_patch_forward_sm90_16_bf16);
 #undef MMKERNELS_LAUNCHER
 }

@@ -9,16 +9,25 @@
 namespace mmkernels {
 namespace {
 
-// Null if this build has no such instance.
-PatchForwardLauncher* patch_forward_launcher(int64_t patch, bool bfloat16) {
+// The portable and the Hopper kernel of a patch size and dtype; null if this build has none.
+struct Launchers {
+  PatchForwardLauncher* portable;
+  PatchForwardLauncher* hopper;
+};
+
+Launchers launchers(int64_t patch, bool bfloat16) {
+#define MMKERNELS_LAUNCHERS(PATCH)                                                                         \
+  bfloat16 ? Launchers{mmkernels_patch_forward_##PATCH##_bf16, mmkernels_patch_forward_sm90_##PATCH##_bf16} \
+           : Launchers{mmkernels_patch_forward_##PATCH##_fp16, mmkernels_patch_forward_sm90_##PATCH##_fp16}
   switch (patch) {
     case 14:
-      return bfloat16 ? mmkernels_patch_forward_14_bf16 : mmkernels_patch_forward_14_fp16;
+      return MMKERNELS_LAUNCHERS(14);
     case 16:
-      return bfloat16 ? mmkernels_patch_forward_16_bf16 : mmkernels_patch_forward_16_fp16;
+      return MMKERNELS_LAUNCHERS(16);
     default:
-      return nullptr;
+      return {nullptr, nullptr};
   }
+#undef MMKERNELS_LAUNCHERS
 }
 
 // x, part of what follows the product, holds the weight's dtype or float32: is it the latter?
@@ -32,7 +41,7 @@ bool check_tail(const char* name, const Tensor& x, int32_t device, ScalarType dt
 }  // namespace
 
 bool patch_embed_forward_built(int64_t patch, bool bfloat16) {
-  return patch_forward_launcher(patch, bfloat16) != nullptr;
+  return launchers(patch, bfloat16).portable != nullptr;
 }
 
 void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -94,10 +103,13 @@ void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::
     p.pos_first = int32_t(pos_first), p.pos_stride = int32_t(pos_stride), p.pos_prefix = pos_prefix;
   }
 
-  PatchForwardLauncher* launch = patch_forward_launcher(patch, dtype == ScalarType::BFloat16);
-  STD_TORCH_CHECK(launch != nullptr, "this build has no kernel for patches of ", patch);
+  const Launchers launch = launchers(patch, dtype == ScalarType::BFloat16);
+  STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for patches of ", patch);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_launch(launch(&p, current_stream(device)));
+  cudaDeviceGetAttribute(&p.processors, cudaDevAttrMultiProcessorCount, device);
+  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 &&
+                      p.stride_weight % 8 == 0 && (patch == 16 || !p.bytes);
+  check_launch((hopper ? launch.hopper : launch.portable)(&p, current_stream(device)));
 }
 
 }  // namespace mmkernels

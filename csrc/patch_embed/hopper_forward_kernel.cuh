@@ -127,6 +127,9 @@ __device__ __forceinline__ void multiply(Products& acc, const Stage& stage, int 
     wgmma<T, Major::K>(acc[half], advanced(a, half * sizeof(stage.pixels) / 2), b, true);
 }
 
+template <int COUNT>
+using Count = std::integral_constant<int, COUNT>;
+
 // The products of the block's i-th tile; hands the tensor cores on when all of them are issued.
 template <typename T, int P>
 __device__ __forceinline__ void multiply_tile(Products& acc, Shared& shared, const PatchForward& p, int i,
@@ -134,41 +137,45 @@ __device__ __forceinline__ void multiply_tile(Products& acc, Shared& shared, con
   const int part_values = p.channels * P * P / p.parts;
   const int position = i * p.parts * ((part_values + BLOCK_K - 1) / BLOCK_K);
   Ring<STAGES> ring = {position % STAGES, uint32_t(position / STAGES & 1)};
-  const auto release = [&](int stage) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty[stage]);
+  int last = -1;  // the stage whose products are under way
+  const auto release = [&] {
+    if (last >= 0 && threadIdx.x % 32 == 0) barrier_arrive(shared.empty[last]);
+  };
+  // Issues the products of the next stage, `count` times 16 values.
+  const auto step = [&](auto count) {
+    barrier_wait(shared.full[ring.stage], ring.parity);
+    pin(acc[0]);
+    pin(acc[1]);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < decltype(count)::value; ++j) multiply<T>(acc, shared.stages[ring.stage], j * 16);
+    wgmma_commit();
+    pin(acc[0]);
+    pin(acc[1]);
+    wgmma_wait<1>();
+    release();
+    last = ring.stage;
+    ring.advance();
   };
 #pragma unroll
   for (int half = 0; half < BLOCK_M / 64; ++half)
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 2; ++j) acc[half][j] = 0.0f;
   for (int part = 0; part < p.parts; ++part) {
-    int last = -1;  // the stage whose products are under way
-    for (int k = 0; k < part_values; k += BLOCK_K) {
-      barrier_wait(shared.full[ring.stage], ring.parity);
-      const Stage& stage = shared.stages[ring.stage];
-      pin(acc[0]);
-      pin(acc[1]);
-      wgmma_fence();
-      if (P == 16 || k + BLOCK_K <= part_values) {
-#pragma unroll
-        for (int j = 0; j < BLOCK_K; j += 16) multiply<T>(acc, stage, j);
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < part_values - k; j += 16) multiply<T>(acc, stage, j);
-      }
-      wgmma_commit();
-      pin(acc[0]);
-      pin(acc[1]);
-      wgmma_wait<1>();
-      if (last >= 0) release(last);
-      last = ring.stage;
-      ring.advance();
+    for (int k = 0; k + BLOCK_K <= part_values; k += BLOCK_K) step(Count<BLOCK_K / 16>());
+    if constexpr (P == 14) {  // 196 C leave 4, 8, 12 or 16 values up to four channels
+      const int rest = part_values % BLOCK_K;
+      if (rest > 16)
+        step(Count<BLOCK_K / 16>());
+      else if (rest > 0)
+        step(Count<1>());
     }
     if (part + 1 == p.parts && more) named_barrier_arrive(TURN + (i + 1) % CONSUMERS, CONSUMERS * WARPGROUP);
     wgmma_wait<0>();
     pin(acc[0]);
     pin(acc[1]);
-    release(last);
+    release();
+    last = -1;
     if (p.scale != nullptr) {
       const float scale = p.scale[part];
 #pragma unroll
@@ -241,13 +248,10 @@ cudaError_t launch(const PatchForward& p, cudaStream_t stream) {
   cudaError_t error = make_tensor_map<2>(weight, p.weight, std::is_same_v<T, __nv_bfloat16>, {values, p.dim},
                                          {p.stride_weight}, {BLOCK_K, BLOCK_N});
   if (error != cudaSuccess) return error;
-  int device = 0, processors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   auto kernel = patch_hopper_forward_kernel<T, Pixel, P>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  kernel<<<std::min(processors, Tiles(p).count), THREADS, sizeof(Shared), stream>>>(p, weight);
+  kernel<<<std::min(p.processors, Tiles(p).count), THREADS, sizeof(Shared), stream>>>(p, weight);
   return cudaGetLastError();
 }
 

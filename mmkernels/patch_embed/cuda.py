@@ -15,6 +15,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -149,6 +150,21 @@ def _copyable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _weight(weight: Tensor, tma: bool) -> Tensor:
+    """weight (D, C, P, P) with rows in one piece, which for TMA start at multiples of 16 bytes."""
+    rows = weight.flatten(1)
+    missing = -rows.shape[1] % 8 if tma else 0
+    rows = F.pad(rows, (0, missing)) if missing else rows.contiguous()
+    rows = rows if rows.data_ptr() % 16 == 0 else rows.clone()
+    return rows[:, : rows.shape[1] - missing].unflatten(1, weight.shape[1:])
+
+
+@functools.cache
+def _reads_by_tma(device: torch.device) -> bool:
+    """Does the Hopper kernel run there?"""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def _is_raw(call: Call) -> bool:
     return call.pixels[0].dtype == torch.uint8
 
@@ -190,7 +206,7 @@ def forward(*inputs: Any) -> Tensor:
     """out (rows, D) in the weight's dtype; see `_core/ops.py`."""
     call = Call(*map(_resolved, inputs))
     out = call.weight.new_empty(row_count(call), len(call.weight))
-    weight = _copyable(call.weight[:, :, 0].contiguous())
+    weight = _weight(call.weight[:, :, 0], _reads_by_tma(call.weight.device))
     bias, scale = _bias(call), _parts_scale(call)
     pos = None if call.pos_embed is None else _copyable(call.pos_embed)
     prefix = None if call.prefix is None else _copyable(call.prefix)

@@ -26,9 +26,10 @@ class PatchForward(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, "pixels weight bias scale pos prefix out"),
         *_fields(ctypes.c_int64, "stride_xb stride_xc stride_xh"),
-        *_fields(ctypes.c_int64, "stride_weight stride_pos stride_prefix_b stride_prefix_p"),
+        *_fields(ctypes.c_int64, "stride_weight stride_pos"),
+        *_fields(ctypes.c_int64, "stride_prefix_b stride_prefix_p"),
         *_fields(ctypes.c_int32, "batch channels dim grid_h grid_w step_h step_w prefix_rows"),
-        *_fields(ctypes.c_int32, "pos_first pos_stride parts"),
+        *_fields(ctypes.c_int32, "pos_first pos_stride parts processors"),
         *_fields(ctypes.c_bool, "bytes bias_float pos_float prefix_float pos_prefix"),
     )
 
@@ -46,10 +47,13 @@ class PatchWeight(ctypes.Structure):
 
 
 class Ops:
-    """Stands in for torch.ops.mmkernels_cuda, on CPU tensors; `results` is what was counted."""
+    """Stands in for torch.ops.mmkernels_cuda, on CPU tensors; `results` is what was counted.
 
-    def __init__(self, arch: str, seed: int) -> None:
-        self.arch, self.seed = arch, seed
+    For sm_90a it takes the Hopper kernel where csrc/patch_embed/forward_op.cpp does.
+    """
+
+    def __init__(self, arch: str, seed: int, processors: int) -> None:
+        self.arch, self.seed, self.processors = arch, seed, processors
         self.results: list[Any] = []
 
     def patch_embed_forward(
@@ -58,7 +62,8 @@ class Ops:
         pos_first: int, pos_stride: int, pos_prefix: bool,
     ) -> None:  # fmt: skip
         p = PatchForward(
-            dim=len(weight), stride_weight=weight.stride(0), pos_first=pos_first, pos_stride=pos_stride, pos_prefix=pos_prefix,
+            dim=len(weight), stride_weight=weight.stride(0), pos_first=pos_first,
+            pos_stride=pos_stride, pos_prefix=pos_prefix, processors=self.processors,
             parts=1 if scale is None else len(scale), stride_pos=_stride(pos, 0),
             stride_prefix_b=0 if prefix is None or len(prefix) == 1 else prefix.stride(0),
             stride_prefix_p=_stride(prefix, 1), bias_float=_is_float(bias),
@@ -67,7 +72,12 @@ class Ops:
             **_grid(pixels, weight.shape[2], step_h, step_w),
         )  # fmt: skip
         tensors = {"pixels": pixels, "weight": weight, "bias": bias, "scale": scale, "pos": pos}
-        self._run("forward", weight, p, tensors | {"prefix": prefix, "out": out})
+        patch, arch = weight.shape[2], self.arch
+        hopper = arch == "sm_90a" and p.stride_weight % 8 == 0 and (patch == 16 or not p.bytes)
+        self._run(
+            "hopper_forward" if hopper else "forward", "forward_sm90" if hopper else "forward",
+            patch, weight.dtype, p, tensors | {"prefix": prefix, "out": out},
+        )  # fmt: skip
 
     def patch_embed_weight(
         self, dout: Tensor, pixels: Tensor, scale: Tensor | None, partial: Tensor,
@@ -78,18 +88,20 @@ class Ops:
         rows = len(dout) // samples - grid["grid_h"] * grid["grid_w"]
         p = PatchWeight(dim=len(dweight), prefix_rows=rows, splits=len(partial), **grid)
         tensors = {"dout": dout, "pixels": pixels, "scale": scale, "partial": partial}
-        self._run("weight", dout, p, tensors | {"dweight": dweight}, dweight.shape[2])
+        tensors["dweight"] = dweight
+        self._run("weight", "weight", dweight.shape[2], dout.dtype, p, tensors)
 
     def _run(
-        self, kernel: str, like: Tensor, p: Any, tensors: dict[str, Tensor | None], patch: int = 0
-    ) -> None:
+        self, source: str, launcher: str, patch: int, dtype: torch.dtype, p: ctypes.Structure,
+        tensors: dict[str, Tensor | None],
+    ) -> None:  # fmt: skip
         given = {name: x for name, x in tensors.items() if x is not None}
         for name, x in given.items():
             setattr(p, name, x.data_ptr())
-        name = f"{kernel}_{patch or like.shape[2]}_{SHORT[like.dtype]}"
-        status, results = launchers(name, self.arch, "patch_embed").run(
-            f"mmkernels_patch_{name}", ctypes.byref(p), None, buffers=list(given.values()),
-            check="report", seed=self.seed,
+        instance = f"{patch}_{SHORT[dtype]}"
+        status, results = launchers(f"{source}_{instance}", self.arch, "patch_embed").run(
+            f"mmkernels_patch_{launcher}_{instance}", ctypes.byref(p), None,
+            buffers=list(given.values()), check="report", seed=self.seed,
         )  # fmt: skip
         assert status == 0, f"the launcher returned {status}"
         for result in results:
@@ -125,10 +137,11 @@ def _grid(pixels: Tensor, patch: int, step_h: int, step_w: int) -> dict[str, Any
 @contextlib.contextmanager
 def emulated(arch: str = "sm_80", seed: int = 0, processors: int = 4) -> Iterator[Ops]:
     """`cuda.forward` and `cuda.backward` run by the emulator, for a GPU of so many processors."""
-    ops = Ops(arch, seed)
+    ops = Ops(arch, seed, processors)
     with (
         mock.patch.object(torch.ops, "mmkernels_cuda", ops, create=True),
         mock.patch.object(cuda, "_processors", lambda device: processors),
+        mock.patch.object(cuda, "_reads_by_tma", lambda device: arch == "sm_90a"),
     ):
         yield ops
 

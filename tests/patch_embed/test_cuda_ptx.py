@@ -46,6 +46,20 @@ def check(made: Case, dtype: torch.dtype = bf16, **emulation: Any) -> list[Any]:
     return launches
 
 
+def check_out(made: Case, dtype: torch.dtype = bf16, **emulation: Any) -> Any:
+    """The same, of out alone."""
+    cast = made.to(dtype)
+    results, (launch,) = run(cast, backward=False, **emulation)
+    exact = mm.patch_embed(**_arguments(cast.to(torch.float64)), backend="reference")
+    eager = testing.eager_patch_embed(**_arguments(cast))
+    testing.assert_accurate("out", results["out"], exact, eager)
+    return launch
+
+
+def _arguments(made: Case) -> dict[str, Any]:
+    return {"pixels": made.pixels, **made.options}
+
+
 def images(patch: int, batch: int = 5, channels: int = 3, *, raw: bool = False) -> Tensor:
     """Of 6 x 6 patches, and a rest that belongs to none."""
     shape = (batch, channels, 6 * patch + 3, 5 * patch + 16)
