@@ -1,11 +1,12 @@
 // The patch embedding's forward pass: parameters and host launchers of the CUDA kernels.
 //
 // pixels (B, C, H, W) have a last stride of 1 and hold the weight's dtype or bytes; the rows of weight
-// (D, C, P, P) are contiguous, stride_weight apart; bias (D); pos (slots, D) and prefix (1 or B, prefix_rows, D) have a last stride
-// of 1; out (B * sample_rows, D) is contiguous, sample_rows = prefix_rows + grid_h grid_w. Pointers of
-// weight, bias, pos, prefix and out are multiples of 16 bytes, D and the strides of pos and prefix multiples
-// of 8, stride_weight of 4; all hold the weight's dtype, where no flag says float32. Copies of pixels are 16 bytes long where P is 16, else two pixels: where a patch starts, and each of
-// its rows, is a multiple of that. tests/patch_embed/cuda_harness.py repeats the struct.
+// (D, C, P, P) are contiguous; bias (D); pos (slots, D) and prefix (1 or B, prefix_rows, D) have a last stride
+// of 1; out (B * sample_rows, D) is contiguous, sample_rows = prefix_rows + grid_h grid_w. All hold the
+// weight's dtype, where no flag says float32. Pointers of weight, bias, pos, prefix and out are multiples of
+// 16 bytes, D and the strides of pos and prefix multiples of 8, stride_weight of 4. Copies of pixels are 16
+// bytes long where P is 16, else two pixels: where a patch starts, and each of its rows, is a multiple of
+// that. tests/patch_embed/cuda_harness.py repeats the struct.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -42,8 +43,8 @@ using PatchForwardLauncher = cudaError_t(const PatchForward*, cudaStream_t);
 }  // namespace mmkernels
 
 // One launcher per patch size and dtype; those for Hopper serve compute capability 9.0, rows of the weight
-// that start at multiples of 16 bytes, and bytes in patches of 16. Weak: null where the build left the instance
-// out.
+// that start at multiples of 16 bytes, and bytes in patches of 16. Weak: null where the build left the
+// instance out.
 extern "C" {
 #define MMKERNELS_LAUNCHER(NAME) \
   __attribute__((weak, visibility("default"))) mmkernels::PatchForwardLauncher NAME

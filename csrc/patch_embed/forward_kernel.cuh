@@ -42,8 +42,9 @@ struct Shared {
     Stage stages[STAGES];
     Staged staged[THREADS / 32];
   };
-  int64_t patch[BLOCK_M], pos[BLOCK_M], prefix[BLOCK_M];  // of each row
-  int64_t weight[BLOCK_N];  // where each row of the weight starts; those beyond the last one repeat it
+  const void* patch[BLOCK_M];  // of each row
+  int64_t pos[BLOCK_M], prefix[BLOCK_M];
+  const void* weight[BLOCK_N];  // where each row of the weight starts; those beyond the last one repeat it
 };
 
 // Of a warp's 64 rows and 64 columns: fragments C.
@@ -53,13 +54,14 @@ __device__ __forceinline__ int warp_row() { return threadIdx.x / 64 * WARP_TILE;
 __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % 2 * WARP_TILE; }
 
 // Thread i looks up row i of out and of the weight.
+template <typename T>
 __device__ __forceinline__ void find_rows(Shared& shared, const PatchForward& p, int m0, int n0) {
   const int thread = threadIdx.x;
   const Row row(p, m0 + thread);
   shared.patch[thread] = row.patch;
   shared.pos[thread] = row.pos;
   shared.prefix[thread] = row.prefix;
-  shared.weight[thread] = min(n0 + thread, p.dim - 1) * p.stride_weight;
+  shared.weight[thread] = static_cast<const T*>(p.weight) + min(n0 + thread, p.dim - 1) * p.stride_weight;
 }
 
 // A step's weights on their way to the stage; zeros beyond the part.
@@ -68,14 +70,14 @@ __device__ __forceinline__ void load_weight(Stage& stage, const Shared& shared, 
                                             int part, int part_values, int k) {
   constexpr int WORD = P == 16 ? 8 : 4;  // of one copy: a part of 196 starts at a multiple of 4
   constexpr int LANES = BLOCK_K / WORD, ROWS = THREADS / LANES;
-  const int first = threadIdx.x % LANES * WORD;
+  const int first = threadIdx.x % LANES * WORD, row = threadIdx.x / LANES;
   const bool valid = k + first < part_values;
-  const T* weight = static_cast<const T*>(p.weight) + (valid ? part * part_values + k + first : 0);
-  const uint32_t tile = shared_address(stage.weight);
+  const int offset = valid ? part * part_values + k + first : 0;
+  const uint32_t target = swizzled<BLOCK_K * 2>(shared_address(stage.weight), row, first * 2);
 #pragma unroll
-  for (int i = 0; i < BLOCK_N / ROWS; ++i) {
-    const int row = threadIdx.x / LANES + i * ROWS;
-    copy_async<WORD * 2>(swizzled<BLOCK_K * 2>(tile, row, first * 2), weight + shared.weight[row], valid);
+  for (int i = 0; i < BLOCK_N; i += ROWS) {
+    const T* source = static_cast<const T*>(shared.weight[row + i]) + offset;
+    copy_async<WORD * 2>(rows_below<BLOCK_K * 2>(target, i), source, valid);
   }
 }
 
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(THREADS, 2) patch_forward_kernel(const __grid_
   const int tiles_n = (p.dim + BLOCK_N - 1) / BLOCK_N;
   const int m0 = blockIdx.x / tiles_n * BLOCK_M;  // what shares pixels runs side by side
   const int n0 = blockIdx.x % tiles_n * BLOCK_N;
-  find_rows(shared, p, m0, n0);
+  find_rows<T>(shared, p, m0, n0);
   __syncthreads();
 
   using Loader = PixelLoader<T, Pixel, P, BLOCK_K>;

@@ -15,16 +15,19 @@ __host__ __device__ inline int sample_rows(const PatchForward& p) {
   return p.prefix_rows + p.grid_h * p.grid_w;
 }
 
-// Where the patch of a row of out starts, in elements, and its position and its prefix token; -1: it has
-// none. A row without a patch is computed from the first one, and not used.
+// Where the patch of a row of out starts; and in elements, where its position and its prefix token do, -1: it
+// has none. A row without a patch is computed from the first one, and not used.
 struct Row {
-  int64_t patch = 0, pos = -1, prefix = -1;
+  const void* patch;
+  int64_t pos = -1, prefix = -1;
 
-  __device__ __forceinline__ Row(const PatchForward& p, int row) {
+  __device__ __forceinline__ Row(const PatchForward& p, int row) : patch(p.pixels) {
     if (row >= p.batch * sample_rows(p)) return;
     const int b = row / sample_rows(p), place = row % sample_rows(p), token = place - p.prefix_rows;
     if (token >= 0)
-      patch = b * p.stride_xb + token / p.grid_w * (p.step_h * p.stride_xh) + token % p.grid_w * p.step_w;
+      patch = static_cast<const char*>(p.pixels) +
+              (b * p.stride_xb + token / p.grid_w * (p.step_h * p.stride_xh) + token % p.grid_w * p.step_w) *
+                  (p.bytes ? 1 : 2);
     else
       prefix = b * p.stride_prefix_b + place * p.stride_prefix_p;
     if (p.pos != nullptr && (p.pos_prefix || token >= 0))
@@ -46,40 +49,49 @@ struct PixelLoader {
   };
 
   const PatchForward& p;
-  const int64_t* patch;  // (BLOCK_M): where each row's patch starts
   int part_values;
-  int part = 0, k = 0;  // the first value of the step
-  Value<P> value;       // of this thread's piece
+  int part = 0, k = 0;                   // the first value of the step
+  Value<P> value;                        // of this thread's piece
+  const Pixel* patches[BLOCK_M / ROWS];  // where the patches of this thread's rows start
 
-  __device__ __forceinline__ PixelLoader(const PatchForward& p, const int64_t* patch)
-      : p(p), patch(patch), part_values(p.channels * P * P / p.parts), value(piece()) {}
+  // patch (BLOCK_M): where the patch of each row starts.
+  __device__ __forceinline__ PixelLoader(const PatchForward& p, const void* const* patch)
+      : p(p), part_values(p.channels * P * P / p.parts), value(piece()) {
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / ROWS; ++i) patches[i] = static_cast<const Pixel*>(patch[row() + i * ROWS]);
+  }
 
   __device__ __forceinline__ static int piece() { return threadIdx.x % LANES * PIECE<Pixel, P>; }
-  __device__ __forceinline__ static int row(int i) { return threadIdx.x % GROUP / LANES + i * ROWS; }
+  __device__ __forceinline__ static int row() { return threadIdx.x % GROUP / LANES; }  // of the first ROWS
+
+  __device__ __forceinline__ static uint32_t address(uint32_t tile) {
+    return swizzled<BLOCK_K * 2>(tile, row(), piece() * 2);
+  }
 
   // The step's pixels on their way to `tile`; bytes to `pieces`. Zeros beyond the part.
   __device__ __forceinline__ void load(uint32_t tile, Pieces& pieces) {
     const bool valid = k + piece() < part_values;
     const int64_t offset = valid ? value.offset(p.stride_xc, p.stride_xh) : 0;
-    const Pixel* x = static_cast<const Pixel*>(p.pixels) + offset;
+    const uint32_t target = address(tile);
 #pragma unroll
     for (int i = 0; i < BLOCK_M / ROWS; ++i) {
-      const Pixel* source = x + patch[row(i)];
-      if constexpr (BYTES)
-        pieces.x[i] = valid ? *reinterpret_cast<const Bytes<P>*>(source) : Bytes<P>{};
-      else
-        copy_async<PIECE<Pixel, P> * 2>(swizzled<BLOCK_K * 2>(tile, row(i), piece() * 2), source, valid);
+      const Pixel* source = patches[i] + offset;
+      if constexpr (BYTES) {
+        pieces.x[i] = {};
+        if (valid) load_bytes(pieces.x[i], source);
+      } else {
+        copy_async<PIECE<Pixel, P> * 2>(rows_below<BLOCK_K * 2>(target, i * ROWS), source, valid);
+      }
     }
   }
 
   // Bytes to `tile`, as floats.
   __device__ __forceinline__ static void store(uint32_t tile, const Pieces& pieces) {
     if constexpr (BYTES) {
+      const uint32_t target = address(tile);
 #pragma unroll
       for (int i = 0; i < BLOCK_M / ROWS; ++i)
-        store_floats<T>(pieces.x[i], 0, [&](int word) {
-          return swizzled<BLOCK_K * 2>(tile, row(i), piece() * 2 + word * 16);
-        });
+        store_floats<T>(pieces.x[i], 0, rows_below<BLOCK_K * 2>(target, i * ROWS));
     }
   }
 
@@ -151,7 +163,8 @@ __device__ __forceinline__ void finish(const float* acc, Staged& staged, const E
       float4 x = *reinterpret_cast<const float4*>(&staged[row][column]) + bias;
       if (ends.prefix[row] >= 0) x = load_four<T>(p.prefix, p.prefix_float, ends.prefix[row] + n);
       if (ends.pos[row] >= 0) x = x + load_four<T>(p.pos, p.pos_float, ends.pos[row] + n);
-      *reinterpret_cast<uint2*>(out + int64_t(row) * p.dim) = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+      const uint2 four = make_uint2(pack<T>(x.x, x.y), pack<T>(x.z, x.w));
+      *reinterpret_cast<uint2*>(out + int64_t(row) * p.dim) = four;
     }
   }
   __syncwarp();

@@ -35,7 +35,7 @@ constexpr int STAGES = 5;
 constexpr int CONSUMERS = 2;  // warpgroups that multiply; the one after them fetches
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int WARPS = WARPGROUP / 32;
-constexpr int PRODUCER_REGISTERS = 88, CONSUMER_REGISTERS = 208;  // of 168 that a thread starts with
+constexpr int PRODUCER_REGISTERS = 120, CONSUMER_REGISTERS = 192;  // of 168 that a thread starts with
 
 // Named barriers: of each consumer, which it waits at for its turn, and of the producer's threads.
 constexpr int TURN = 1, FETCHING = TURN + CONSUMERS;
@@ -49,7 +49,7 @@ struct Shared {
   Stage stages[STAGES];
   Staged staged[CONSUMERS * WARPS];
   int64_t pos[CONSUMERS * WARPS][32], prefix[CONSUMERS * WARPS][32];  // of each warp's rows
-  int64_t patch[2][BLOCK_M];                                         // of this tile and the next one
+  const void* patch[2][BLOCK_M];                                     // of this tile and the next one
   uint64_t full[STAGES], empty[STAGES];
 };
 
@@ -61,9 +61,10 @@ struct Tiles {
       : columns((p.dim + BLOCK_N - 1) / BLOCK_N),
         count((p.batch * sample_rows(p) + BLOCK_M - 1) / BLOCK_M * columns) {}
 
-  __device__ __forceinline__ bool has(int i) const { return i < (count - int(blockIdx.x) - 1) / int(gridDim.x) + 1; }
-  __device__ __forceinline__ int m0(int i) const { return (blockIdx.x + i * gridDim.x) / columns * BLOCK_M; }
-  __device__ __forceinline__ int n0(int i) const { return (blockIdx.x + i * gridDim.x) % columns * BLOCK_N; }
+  __device__ __forceinline__ int index(int i) const { return blockIdx.x + i * gridDim.x; }
+  __device__ __forceinline__ bool has(int i) const { return index(i) < count; }
+  __device__ __forceinline__ int m0(int i) const { return index(i) / columns * BLOCK_M; }
+  __device__ __forceinline__ int n0(int i) const { return index(i) % columns * BLOCK_N; }
 };
 
 // Fills the stages for all of the block's tiles.
@@ -85,7 +86,7 @@ __device__ __forceinline__ void produce(Shared& shared, const PatchForward& p, c
     --underway;
   };
   for (int i = 0; tiles.has(i); ++i) {
-    int64_t(&patch)[BLOCK_M] = shared.patch[i % 2];
+    const void*(&patch)[BLOCK_M] = shared.patch[i % 2];
     patch[thread] = Row(p, tiles.m0(i) + thread).patch;
     named_barrier_sync(FETCHING, GROUP);
     Loader loader(p, patch);

@@ -19,20 +19,41 @@ template <int P>
 struct Bytes;
 template <>
 struct Bytes<14> {
-  uint16_t x;
+  uint16_t x = 0;
 };
 template <>
 struct Bytes<16> {
-  uint4 x;
+  uint4 x = {};
 };
 
-// Address of byte `byte` of a row in a tile in shared memory, as TMA's 128-byte swizzle has it: eight rows,
-// read at one 16-byte word, meet every bank once. Tiles begin at multiples of 1024 bytes.
+// By what the 16-byte words of a row in a tile in shared memory are swizzled, as TMA's 128-byte swizzle has
+// it: eight rows, read at one word, meet every bank once. Tiles begin at multiples of 1024 bytes.
 template <int ROW_BYTES>
-__device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int byte) {
+__device__ __forceinline__ int swizzle(int row) {
   constexpr int ROWS = ROW_BYTES < 128 ? 128 / ROW_BYTES : 1;  // of one line of the banks
   constexpr int WORDS = ROW_BYTES < 128 ? ROW_BYTES / 16 : 8;
-  return tile + row * ROW_BYTES + (byte ^ (row / ROWS % WORDS * 16));
+  return row / ROWS % WORDS * 16;
+}
+
+// Address of byte `byte` of a row.
+template <int ROW_BYTES>
+__device__ __forceinline__ uint32_t swizzled(uint32_t tile, int row, int byte) {
+  return tile + row * ROW_BYTES + (byte ^ swizzle<ROW_BYTES>(row));
+}
+
+// The same byte so many rows below one of the first ROWS rows, of which `address` is. In the loops over a
+// thread's rows the compiler then adds constants and no more.
+template <int ROW_BYTES>
+__device__ __forceinline__ uint32_t rows_below(uint32_t address, int rows) {
+  return (address ^ swizzle<ROW_BYTES>(rows)) + rows * ROW_BYTES;
+}
+
+__device__ __forceinline__ void load_bytes(Bytes<14>& bytes, const uint8_t* source) {
+  bytes.x = __ldg(reinterpret_cast<const unsigned short*>(source));
+}
+
+__device__ __forceinline__ void load_bytes(Bytes<16>& bytes, const uint8_t* source) {
+  bytes.x = __ldg(reinterpret_cast<const uint4*>(source));
 }
 
 // Where value `index` of a patch lies, in the order of the weight.
@@ -92,20 +113,19 @@ __device__ __forceinline__ uint2 four_floats(uint32_t x) {
   return make_uint2(two_floats<T>(x, 0), two_floats<T>(x, 1));
 }
 
-// Writes a piece of bytes as floats; `at(i)` is the address of the piece's 16-byte word i, and word `first`
-// is written first.
-template <typename T, typename Address>
-__device__ __forceinline__ void store_floats(const Bytes<16>& bytes, int first, Address at) {
+// Writes a piece of bytes as floats to a swizzled address; of its two 16-byte words number `first` first.
+template <typename T>
+__device__ __forceinline__ void store_floats(const Bytes<16>& bytes, int first, uint32_t address) {
   const uint2 a = four_floats<T>(bytes.x.x), b = four_floats<T>(bytes.x.y);
   const uint2 c = four_floats<T>(bytes.x.z), d = four_floats<T>(bytes.x.w);
   const uint4 low = make_uint4(a.x, a.y, b.x, b.y), high = make_uint4(c.x, c.y, d.x, d.y);
-  store_shared(at(first), first == 0 ? low : high);
-  store_shared(at(1 - first), first == 0 ? high : low);
+  store_shared(address ^ (first * 16), first == 0 ? low : high);
+  store_shared(address ^ (16 - first * 16), first == 0 ? high : low);
 }
 
-template <typename T, typename Address>
-__device__ __forceinline__ void store_floats(const Bytes<14>& bytes, int, Address at) {
-  store_shared(at(0), two_floats<T>(bytes.x, 0));
+template <typename T>
+__device__ __forceinline__ void store_floats(const Bytes<14>& bytes, int, uint32_t address) {
+  store_shared(address, two_floats<T>(bytes.x, 0));
 }
 
 }  // namespace mmkernels

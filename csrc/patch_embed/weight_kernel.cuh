@@ -38,7 +38,8 @@ __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int m) {
   const int b_row = m + lane % 16, b_byte = (warp_column() + lane / 16 * 8) * 2;
   uint32_t a[TILES][4];
 #pragma unroll
-  for (int d = 0; d < TILES; ++d) load_matrices_transposed(a[d], swizzled<ROW_BYTES>(dout, a_row, a_byte + d * 32));
+  for (int d = 0; d < TILES; ++d)
+    load_matrices_transposed(a[d], swizzled<ROW_BYTES>(dout, a_row, a_byte + d * 32));
 #pragma unroll
   for (int v = 0; v < TILES; ++v) {
     uint32_t b[4];  // columns 16 v to 16 v + 7 and the next 8
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_c
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) {
     // The places of the first steps one after the other, those of the last one for the loop.
-    find_patches(shared.places[i % 2], p, share.first + i * BLOCK_P, share.last);
+    find_patches<T, Pixel>(shared.places[i % 2], p, share.first + i * BLOCK_P, share.last);
     __syncthreads();
     if (i == STAGES - 1) break;
     if (i < steps) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_c
     const int m0 = share.first + ahead * BLOCK_P;
     if (more) loader.load(shared.stages[next], shared.places[ahead % 2], share.last - m0);
     copy_async_commit();
-    find_patches(shared.places[(ahead + 1) % 2], p, m0 + BLOCK_P, share.last);
+    find_patches<T, Pixel>(shared.places[(ahead + 1) % 2], p, m0 + BLOCK_P, share.last);
     multiply<T>(acc, shared.stages[current], 0);
     multiply<T>(acc, shared.stages[current], 16);
     if (more) loader.store(shared.stages[next]);

@@ -123,8 +123,8 @@ def test_the_portable_kernel_gives_the_same_bits():
     assert torch.equal(*out)
 
 
-# Sectors of pixels that are asked for, beside the least; a piece of two pixels is not one.
-SECTORS = {(16, False): 1.03, (16, True): 1.07, (14, False): 2.22}
+# Sectors of global memory that are asked for, parameters among them, beside the least of pixels.
+SECTORS = {(16, False): 1.05, (16, True): 1.10, (14, False): 2.26}
 
 
 @pytest.mark.parametrize(("patch", "raw"), SECTORS)
@@ -132,7 +132,8 @@ def test_nothing_is_moved_or_computed_twice(raw, patch):
     """Of 256 rows and 256 values: two tiles by two. 588 values of a patch are 592."""
     side = 8 * patch
     pixels = image_bytes(4, 3, side, side) if raw else normal(4, 3, side, side)
-    made = case(pixels, patch, 256, prefix=0, pos="none", **(EQUAL if raw else {})).to(bf16)
+    made = case(pixels, patch, 256, prefix=0, pos="none").to(bf16)
+    del made.options["bias"]
     (launch,) = run(made, backward=False, arch="sm_90a", processors=1).launches
     values = 3 * patch * patch
     assert launch["mma_flops"] == useful_flops(made) * -(-values // 16) * 16 // values

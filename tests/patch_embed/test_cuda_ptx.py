@@ -10,6 +10,7 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.patch_embed import cuda
 from mmkernels.patch_embed.build import build
+from tests import cuda_harness
 from tests.patch_embed.cases import EQUAL, IMAGENET, Case, image_bytes, normal, weights
 from tests.patch_embed.cases import check as check_case
 from tests.patch_embed.cuda_harness import emulated, on_device, run, useful_flops
@@ -255,8 +256,9 @@ def test_shares_fill_the_gpu_and_none_is_short(processors):
         assert splits == 1 or patches >= 128 * splits
 
 
-# Sectors of global memory that are asked for, beside the least; a piece of two pixels is not one.
-SECTORS = {(16, False): 1.02, (16, True): 1.06, (14, False): 1.62, (14, True): 1.85}
+# Sectors of global memory that are asked for, parameters among them, beside the least: two pixels are
+# fetched apart.
+SECTORS = {(16, False): 1.03, (16, True): 1.04, (14, False): 1.63, (14, True): 1.83}
 
 
 @PATCHES
@@ -265,7 +267,8 @@ def test_nothing_is_moved_or_computed_twice(raw, patch):
     """Of 256 rows and 256 values: two tiles by two. 588 values of a patch are 592, or 5 tiles."""
     side = 8 * patch
     pixels = image_bytes(4, 3, side, side) if raw else normal(4, 3, side, side)
-    made = case(pixels, patch, 256, prefix=0, pos="none", **(EQUAL if raw else {})).to(bf16)
+    made = case(pixels, patch, 256, prefix=0, pos="none").to(bf16)
+    del made.options["bias"]
     forward, weight, _ = run(made, processors=1).launches
     values = 3 * patch * patch
     tiles = -(-values // 128)
@@ -283,3 +286,29 @@ def test_nothing_is_moved_or_computed_twice(raw, patch):
     assert weight["gld_sectors"] <= SECTORS[patch, raw] * least
     # Rows of 588 float32 start in the middle of a sector, every other one.
     assert weight["gst_sectors"] <= 256 * values * 4 / 32 * (1 if patch == 16 else 1.51)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch"), [("forward", "sm_80"), ("forward", "sm_90a"), ("dweight", "sm_80")]
+)
+@PATCHES
+@pytest.mark.parametrize("raw", [False, True])
+def test_loads_of_the_units_are_those_in_docs(kernel, arch, raw, patch):
+    """docs/cuda-kernels.md, "Patch embedding": 512 patches, embed_dim 768 or 1152."""
+    if arch == "sm_90a" and raw and patch == 14:
+        pytest.skip("the portable kernel's")
+    side, dim = 16 * patch, 768 if patch == 16 else 1152
+    pixels = image_bytes(2, 3, side, side) if raw else normal(2, 3, side, side)
+    made = case(pixels, patch, dim, prefix=0, **(EQUAL if raw else {})).to(bf16)
+    launch = run(made, backward=kernel == "dweight", arch=arch).launches[kernel == "dweight"]
+    pipes = launch.pipes(useful_flops(made))
+    tensor = pipes["tensor cores (wgmma rate)"]
+    figures = [
+        pipes["useful share of MMA FLOPs"],
+        pipes["issue slots"] / tensor,
+        pipes["shared memory wavefronts"] / tensor,
+    ]
+    cells = [kernel, {"sm_80": "8.0 and newer", "sm_90a": "Hopper"}[arch]]
+    cells += [f"{patch} × {patch}", "uint8" if raw else "bfloat16", *(f"{x:.2f}" for x in figures)]
+    line = " | ".join(("", *cells, f"{pipes['ceiling, TFLOP/s']:.0f}", "")).strip()
+    assert line in (cuda_harness.ROOT / "docs" / "cuda-kernels.md").read_text().splitlines()
