@@ -155,7 +155,7 @@ def test_machine_code(patch, tmp_path):
 
 
 def code(source: Path, folder: Path) -> str:
-    """The machine code for compute capability 9.0; raises where the compiler warns of its products."""
+    """The machine code for compute capability 9.0; the compiler must not warn of its products."""
     from triton.backends import nvidia
 
     cubin = folder / f"{source.stem}.cubin"
