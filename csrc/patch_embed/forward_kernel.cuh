@@ -105,7 +105,6 @@ __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int k) {
   }
 }
 
-// x[i : i + 4] of type T, or of float32.
 template <typename T, typename Pixel, int P>
 __global__ void __launch_bounds__(THREADS, 2) patch_forward_kernel(const __grid_constant__ PatchForward p) {
   extern __shared__ __align__(1024) unsigned char memory[];

@@ -236,6 +236,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     take_registers<CONSUMER_REGISTERS>();
     consume<T, P>(shared, p, tiles);
   }
+#else
+  __trap();  // without its architecture-specific instructions there is nothing to run
 #endif
 }
 
@@ -244,7 +246,8 @@ cudaError_t launch(const PatchForward& p, cudaStream_t stream) {
   const int64_t values = int64_t(p.channels) * P * P, rows = int64_t(p.batch) * sample_rows(p);
   const int64_t columns = (p.dim + BLOCK_N - 1) / BLOCK_N;
   if (rows == 0 || columns == 0) return cudaSuccess;
-  if (rows / BLOCK_M * columns > INT_MAX / 2) return cudaErrorInvalidConfiguration;
+  if (rows > INT_MAX - BLOCK_M || (rows / BLOCK_M + 1) * columns > INT_MAX / 2)
+    return cudaErrorInvalidConfiguration;
   CUtensorMap weight;
   cudaError_t error = make_tensor_map<2>(weight, p.weight, std::is_same_v<T, __nv_bfloat16>, {values, p.dim},
                                          {p.stride_weight}, {BLOCK_K, BLOCK_N});

@@ -52,8 +52,8 @@ def test_every_share_of_the_tiles(processors, patch):
 @PATCHES
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 9])
 def test_every_number_of_steps(channels, patch):
-    """Of 14 x 14 patches 4, 8, 12 or 16 values are left for a last step, or more."""
-    check(case(images(patch, 3, channels), patch, 40), processors=1)
+    """Of 14 x 14 patches 4, 8, 12 or 16 values are left for a last step, or more; three tiles."""
+    check(case(images(patch, 3, channels), patch, 264), processors=1)
 
 
 @PATCHES

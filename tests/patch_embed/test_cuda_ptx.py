@@ -112,7 +112,7 @@ def test_rows_around_a_tile(batch, rows, columns, patch):
 
 @PATCHES
 @pytest.mark.parametrize("dim", [8, 120, 128, 264])
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, 5])
 def test_values_of_a_token_around_a_tile(channels, dim, patch):
     check(case(images(patch, 2, channels), patch, dim))
 
@@ -246,6 +246,15 @@ def test_shares_of_the_patches():
     torch.testing.assert_close(one.flatten(1), exact, rtol=1e-4, atol=1e-4)
     for splits in (2, 3, 5, 8, 11):
         torch.testing.assert_close(weight_launch(dout, pixels, splits), one, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["pixels", "dout"])
+def test_an_infinite_value_makes_no_nan_of_the_gradient(which):
+    """Where the last step lacks patches the first one stands in for them, times 0: not of it."""
+    pixels, dout = normal(3, 1, 11 * 16, 7 * 16), normal(3 * 77, 40, seed=9)
+    (pixels[0, 0, 0] if which == "pixels" else dout[0])[0] = torch.inf
+    dweight = weight_launch(on_device(dout.to(bf16)), on_device(pixels.to(bf16)), 2)
+    assert dweight.isinf().any() and not dweight.isnan().any()
 
 
 @pytest.mark.parametrize("processors", [1, 4, 132])
