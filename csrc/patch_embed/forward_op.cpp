@@ -50,17 +50,18 @@ void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::
                          int64_t step_w, int64_t pos_first, int64_t pos_stride, bool pos_prefix) {
   const int32_t device = pixels.get_device_index();
   const ScalarType dtype = weight.scalar_type();
-  check_sizes("weight", weight, {-1, -1, -1, weight.size(2)});
-  const int64_t dim = weight.size(0), channels = weight.size(1), patch = weight.size(2);
-  const PatchGrid grid = patch_grid(pixels, channels, patch, step_h, step_w, dtype);
+  check_sizes("weight", weight, {-1, -1, -1, -1});
+  const int64_t dim = weight.size(0), channels = weight.size(1);
+  const int64_t patch = weight.size(2), row = weight.size(3);
+  const PatchGrid grid = patch_grid(pixels, channels, patch, row, step_h, step_w, dtype);
   const int64_t prefix_rows = prefix.has_value() ? prefix->size(1) : 0;
   const int64_t sample_rows = prefix_rows + grid.h * grid.w;
   check_sizes("out", out, {grid.batch * sample_rows, dim});
   check_kind("weight", weight, device, dtype);
   check_kind("out", out, device, dtype);
   check_copyable("out", out);
-  const bool whole_rows = weight.stride(3) == 1 && weight.stride(2) == patch &&
-                          (channels == 1 || weight.stride(1) == patch * patch);
+  const bool whole_rows = weight.stride(3) == 1 && weight.stride(2) == row &&
+                          (channels == 1 || weight.stride(1) == patch * row);
   STD_TORCH_CHECK(whole_rows && weight.stride(0) % 4 == 0 && uintptr_t(weight.data_ptr()) % 16 == 0,
                   "weight must start at a multiple of 16 bytes, its rows be contiguous, and start at "
                   "multiples of 4 elements");
@@ -70,7 +71,8 @@ void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::
   PatchForward p = {};
   fill_grid(p, pixels, grid, step_h, step_w);
   p.weight = weight.data_ptr(), p.out = out.data_ptr();
-  p.channels = int32_t(channels), p.dim = int32_t(dim), p.prefix_rows = int32_t(prefix_rows);
+  p.channels = int32_t(channels), p.row = int32_t(row), p.dim = int32_t(dim);
+  p.prefix_rows = int32_t(prefix_rows);
   p.stride_weight = weight.stride(0), p.parts = 1;
   if (bias.has_value()) {
     check_sizes("bias", *bias, {dim});

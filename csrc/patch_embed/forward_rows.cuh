@@ -11,6 +11,12 @@ constexpr int BLOCK_M = 128;  // rows of out in a tile
 constexpr int BLOCK_N = 128;  // their values
 constexpr int GROUP = 128;    // threads that fetch the pixels of a tile
 
+// Values of one of the weight's parts.
+template <int P>
+__device__ __forceinline__ int part_size(const PatchForward& p) {
+  return p.channels * P * p.row / p.parts;
+}
+
 __host__ __device__ inline int sample_rows(const PatchForward& p) {
   return p.prefix_rows + p.grid_h * p.grid_w;
 }
@@ -49,14 +55,18 @@ struct PixelLoader {
   };
 
   const PatchForward& p;
-  int part_values;
-  int part = 0, k = 0;                   // the first value of the step
-  Value<P> value;                        // of this thread's piece
-  const Pixel* patches[BLOCK_M / ROWS];  // where the patches of this thread's rows start
+  int part_values, step_rows, step_values;  // a step is so many rows of a patch, and values
+  int part = 0, k = 0;                      // the first value of the step
+  Value<P> value;                           // of this thread's piece
+  const Pixel* patches[BLOCK_M / ROWS];     // where the patches of this thread's rows start
 
   // patch (BLOCK_M): where the patch of each row starts.
   __device__ __forceinline__ PixelLoader(const PatchForward& p, const void* const* patch)
-      : p(p), part_values(p.channels * P * P / p.parts), value(piece()) {
+      : p(p),
+        part_values(part_size<P>(p)),
+        step_rows(BLOCK_K / p.row),
+        step_values(BLOCK_K % p.row),
+        value(piece(), p.row) {
 #pragma unroll
     for (int i = 0; i < BLOCK_M / ROWS; ++i) patches[i] = static_cast<const Pixel*>(patch[row() + i * ROWS]);
   }
@@ -97,11 +107,11 @@ struct PixelLoader {
 
   __device__ __forceinline__ void advance() {
     k += BLOCK_K;
-    value.template advance<BLOCK_K>();
+    value.advance(step_rows, step_values, p.row);
     if (k >= part_values) {
       k = 0;
       ++part;
-      value = Value<P>(piece());
+      value = Value<P>(piece(), p.row);
       value.c = part;
     }
   }

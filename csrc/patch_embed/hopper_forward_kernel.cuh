@@ -7,13 +7,13 @@
 //   fetching   weights by TMA, pixels piece by piece as in forward_kernel.cuh, into a ring of STAGES
 //   in turns   products of BLOCK_K values, 64 rows at a time; then bias, position, prefix, and out
 //
-// Pixels do not come by TMA: rows of a tile are patches of a row of the grid, and go on in the next row or
-// the next sample, past prefix tokens, at strides that no box follows. What the fetching threads have copied
+// Pixels do not come by TMA: the rows of a tile are patches of a row of the grid, and go on in the next row
+// or the next sample, past prefix tokens, at strides that no box follows. What the fetching threads have copied
 // or stored becomes visible to wgmma by a proxy fence before they arrive at the stage's barrier: two steps
 // after they were sent for, or of bytes one step, when the next ones are on their way to registers.
 //
-// Tiles of a stage have rows of 128 bytes, swizzled as TMA does. The fetching warpgroup gives registers to the
-// other two, which hold 128 x 128 products each.
+// Tiles of a stage have rows of 128 bytes, swizzled as TMA does. The fetching warpgroup gives registers to
+// the other two, which hold 128 x 128 products each.
 //
 // Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, for the operation; NVIDIA, CUTLASS,
 // "Efficient GEMM", for two warpgroups in turns.
@@ -135,7 +135,7 @@ using Count = std::integral_constant<int, COUNT>;
 template <typename T, int P>
 __device__ __forceinline__ void multiply_tile(Products& acc, Shared& shared, const PatchForward& p, int i,
                                               bool more) {
-  const int part_values = p.channels * P * P / p.parts;
+  const int part_values = part_size<P>(p);
   const int position = i * p.parts * ((part_values + BLOCK_K - 1) / BLOCK_K);
   Ring<STAGES> ring = {position % STAGES, uint32_t(position / STAGES & 1)};
   int last = -1;  // the stage whose products are under way
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 template <typename T, typename Pixel, int P>
 cudaError_t launch(const PatchForward& p, cudaStream_t stream) {
-  const int64_t values = int64_t(p.channels) * P * P, rows = int64_t(p.batch) * sample_rows(p);
+  const int64_t values = int64_t(p.channels) * P * p.row, rows = int64_t(p.batch) * sample_rows(p);
   const int64_t columns = (p.dim + BLOCK_N - 1) / BLOCK_N;
   if (rows == 0 || columns == 0) return cudaSuccess;
   if (rows > INT_MAX - BLOCK_M || (rows / BLOCK_M + 1) * columns > INT_MAX / 2)

@@ -11,24 +11,25 @@ struct PatchGrid {
   int64_t batch, h, w;
 };
 
-// pixels (B, C, H, W) hold `dtype` or bytes and can be copied in the kernels' pieces; their whole patches.
-inline PatchGrid patch_grid(const Tensor& pixels, int64_t channels, int64_t patch, int64_t step_h,
-                            int64_t step_w, ScalarType dtype) {
+// The whole patches, C times `patch` rows of `row` values, of pixels (B, C, H, W) that hold `dtype` or bytes
+// and can be copied in the kernels' pieces.
+inline PatchGrid patch_grid(const Tensor& pixels, int64_t channels, int64_t patch, int64_t row,
+                            int64_t step_h, int64_t step_w, ScalarType dtype) {
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "the weight must be float16 or bfloat16");
   const bool bytes = pixels.scalar_type() == ScalarType::Byte;
   check_sizes("pixels", pixels, {-1, channels, -1, -1});
   check_kind("pixels", pixels, pixels.get_device_index(), bytes ? ScalarType::Byte : dtype);
   const int64_t height = pixels.size(2), width = pixels.size(3);
-  STD_TORCH_CHECK(step_h > 0 && step_w > 0 && height >= patch && width >= patch,
+  STD_TORCH_CHECK(step_h > 0 && step_w > 0 && height >= patch && row > 0 && width >= row,
                   "pixels hold no whole patch");
   const int64_t piece = patch == 16 ? (bytes ? 16 : 8) : 2;
   bool aligned = reinterpret_cast<uintptr_t>(pixels.data_ptr()) % (bytes ? piece : 2 * piece) == 0;
   for (int64_t dim = 0; dim < 3; ++dim)
     aligned = aligned && (pixels.size(dim) <= 1 || pixels.stride(dim) % piece == 0);
-  STD_TORCH_CHECK(aligned && pixels.stride(3) == 1 && step_w % piece == 0,
+  STD_TORCH_CHECK(aligned && pixels.stride(3) == 1 && step_w % piece == 0 && row % piece == 0,
                   "patches must start at multiples of ", piece, " pixels, with a last stride of 1");
-  const PatchGrid grid = {pixels.size(0), (height - patch) / step_h + 1, (width - patch) / step_w + 1};
+  const PatchGrid grid = {pixels.size(0), (height - patch) / step_h + 1, (width - row) / step_w + 1};
   STD_TORCH_CHECK(grid.batch * grid.h * grid.w < INT_MAX / 2, "there are too many patches");
   return grid;
 }

@@ -56,19 +56,19 @@ __device__ __forceinline__ void load_bytes(Bytes<16>& bytes, const uint8_t* sour
   bytes.x = __ldg(reinterpret_cast<const uint4*>(source));
 }
 
-// Where value `index` of a patch lies, in the order of the weight.
+// Where a value of a patch lies, counted in the order of a weight (D, C, P, row).
 template <int P>
 struct Value {
   int c, h, w;
 
-  __device__ __forceinline__ explicit Value(int index)
-      : c(index / (P * P)), h(index / P % P), w(index % P) {}
+  __device__ __forceinline__ Value(int index, int row)
+      : c(index / (P * row)), h(index / row % P), w(index % row) {}
 
-  template <int STEP>
-  __device__ __forceinline__ void advance() {
-    w += STEP % P;
-    h += STEP / P;
-    if (STEP % P != 0 && w >= P) w -= P, ++h;
+  // Less than P rows on.
+  __device__ __forceinline__ void advance(int rows, int values, int row) {
+    w += values;
+    h += rows;
+    if (w >= row) w -= row, ++h;
     if (h >= P) h -= P, ++c;
   }
 

@@ -1,7 +1,7 @@
 // The gradient of the patch embedding's weight: parameters and host launchers of the CUDA kernels.
 //
-// pixels (B, C, H, W) are as in forward.h; dout (B * sample_rows, D) is contiguous, sample_rows =
-// prefix_rows + grid_h grid_w; partial (splits, D, C, P, P) and dweight (D, C, P, P) are contiguous float32.
+// pixels (B, C, H, W) and R are as in forward.h; dout (B * sample_rows, D) is contiguous, sample_rows =
+// prefix_rows + grid_h grid_w; partial (splits, D, C, P, R) and dweight (D, C, P, R) are contiguous float32.
 // D is a multiple of 8, and the pointers but that of the pixels multiples of 16 bytes.
 // tests/patch_embed/cuda_harness.py repeats the struct.
 #pragma once
@@ -19,7 +19,7 @@ struct PatchWeight {
   float* partial;
   float* dweight;
   int64_t stride_xb, stride_xc, stride_xh;  // in elements
-  int32_t batch, channels, dim;
+  int32_t batch, channels, row, dim;       // row: R
   int32_t grid_h, grid_w, step_h, step_w;  // patches of a sample, and pixels from one to the next
   int32_t prefix_rows;
   int32_t splits;  // shares of the patches that are summed apart

@@ -56,7 +56,7 @@ template <typename T, typename Pixel, int P>
 __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_constant__ PatchWeight p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared*>(memory);
-  const int values = p.channels * P * P;
+  const int values = p.channels * P * p.row;
   const int tiles_v = (values + BLOCK_V - 1) / BLOCK_V, tiles_d = (p.dim + BLOCK_D - 1) / BLOCK_D;
   const int tile = blockIdx.x % (tiles_v * tiles_d), split = blockIdx.x / (tiles_v * tiles_d);
   const int d0 = tile / tiles_v * BLOCK_D, v0 = tile % tiles_v * BLOCK_V;
@@ -112,11 +112,11 @@ __global__ void __launch_bounds__(THREADS, 2) patch_weight_kernel(const __grid_c
 
 constexpr int REDUCE_THREADS = 256;
 
-// Four values of dweight a thread: all of one channel, as P P is a multiple of 4.
+// Four values of dweight a thread: all of one channel, as P R is a multiple of 4.
 template <int P>
 __global__ void __launch_bounds__(REDUCE_THREADS)
     patch_weight_reduce_kernel(const __grid_constant__ PatchWeight p) {
-  const int64_t size = int64_t(p.dim) * p.channels * P * P;
+  const int64_t size = int64_t(p.dim) * p.channels * P * p.row;
   const int64_t i = (int64_t(blockIdx.x) * REDUCE_THREADS + threadIdx.x) * 4;
   if (i >= size) return;
   float4 sum = {};
@@ -125,16 +125,16 @@ __global__ void __launch_bounds__(REDUCE_THREADS)
     const float4 x = *reinterpret_cast<const float4*>(p.partial + split * size + i);
     sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
   }
-  const float scale = p.scale == nullptr ? 1.0f : p.scale[i / (P * P) % p.channels];
+  const float scale = p.scale == nullptr ? 1.0f : p.scale[i / (P * p.row) % p.channels];
   *reinterpret_cast<float4*>(p.dweight + i) =
       make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
 }
 
 template <typename T, typename Pixel, int P>
 cudaError_t launch(const PatchWeight& p, cudaStream_t stream) {
-  const int64_t size = int64_t(p.dim) * p.channels * P * P;
+  const int64_t size = int64_t(p.dim) * p.channels * P * p.row;
   const int64_t tiles_d = (p.dim + BLOCK_D - 1) / BLOCK_D;
-  const int64_t tiles_v = (p.channels * P * P + BLOCK_V - 1) / BLOCK_V;
+  const int64_t tiles_v = (p.channels * P * p.row + BLOCK_V - 1) / BLOCK_V;
   const int64_t blocks = p.splits * tiles_d * tiles_v;
   const int64_t reduce_blocks = (size / 4 + REDUCE_THREADS - 1) / REDUCE_THREADS;
   if (blocks == 0) return cudaSuccess;

@@ -31,10 +31,11 @@ void patch_embed_weight(const Tensor& dout, const Tensor& pixels, const std::opt
                         const Tensor& partial, const Tensor& dweight, int64_t step_h, int64_t step_w) {
   const int32_t device = pixels.get_device_index();
   const ScalarType dtype = dout.scalar_type();
-  check_sizes("dweight", dweight, {-1, -1, -1, dweight.size(2)});
+  check_sizes("dweight", dweight, {-1, -1, -1, -1});
   const int64_t dim = dweight.size(0), channels = dweight.size(1), patch = dweight.size(2);
-  check_sizes("partial", partial, {-1, dim, channels, patch, patch});
-  const PatchGrid grid = patch_grid(pixels, channels, patch, step_h, step_w, dtype);
+  const int64_t row = dweight.size(3);
+  check_sizes("partial", partial, {-1, dim, channels, patch, row});
+  const PatchGrid grid = patch_grid(pixels, channels, patch, row, step_h, step_w, dtype);
   check_sizes("dout", dout, {-1, dim});
   const int64_t patches = grid.batch * grid.h * grid.w, prefixes = dout.size(0) - patches;
   STD_TORCH_CHECK(grid.batch > 0 && prefixes >= 0 && prefixes % grid.batch == 0, "dout has ", dout.size(0),
@@ -52,7 +53,8 @@ void patch_embed_weight(const Tensor& dout, const Tensor& pixels, const std::opt
   fill_grid(p, pixels, grid, step_h, step_w);
   p.dout = dout.data_ptr();
   p.partial = static_cast<float*>(partial.data_ptr()), p.dweight = static_cast<float*>(dweight.data_ptr());
-  p.channels = int32_t(channels), p.dim = int32_t(dim), p.prefix_rows = int32_t(prefixes / grid.batch);
+  p.channels = int32_t(channels), p.row = int32_t(row), p.dim = int32_t(dim);
+  p.prefix_rows = int32_t(prefixes / grid.batch);
   p.splits = int32_t(partial.size(0));
   if (scale.has_value()) {
     check_kind("scale", *scale, device, ScalarType::Float);

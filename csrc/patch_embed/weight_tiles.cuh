@@ -73,7 +73,7 @@ struct Loader {
 
   __device__ __forceinline__ Loader(const PatchWeight& p, int d0, int v0) {
     const int v = v0 + piece(), d = d0 + word() * 8;
-    const Value<P> value(v < p.channels * P * P ? v : 0);
+    const Value<P> value(v < p.channels * P * p.row ? v : 0, p.row);
     piece_offset = value.offset(p.stride_xc, p.stride_xh);
     word_offset = d < p.dim ? d : 0;
   }

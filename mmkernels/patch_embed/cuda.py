@@ -39,12 +39,27 @@ MIN_CAPABILITY = (8, 0)
 BLOCK, BLOCK_P, MIN_STEPS, RESIDENT = 128, 32, 4, 2
 
 
-def _piece(x: Tensor, patch: int) -> int:
-    """Pixels of one copy: 16 bytes where patches are 16 wide, else two pixels."""
-    return 16 // x.element_size() if patch == 16 else 2
+def _channels_last(call: Call) -> bool:
+    """Do the channels of all pixels lie side by side?"""
+    channels = call.weight.shape[1]
+    return channels > 1 and all(x.stride(1) == 1 and x.stride(4) == channels for x in call.pixels)
 
 
-def _pixels_why_not(x: Tensor, call: Call, name: str) -> str | None:
+def _flat(x: Tensor, last: bool) -> Tensor:
+    """x (N, C, 1, H, W) as (N, C, H, W), or as (N, 1, H, W * C) where channels come last.
+
+    The kernels know no other order of the channels: to them it is one, in rows that are longer.
+    """
+    x = x[:, :, 0]
+    return x.permute(0, 2, 3, 1).flatten(2)[:, None] if last else x
+
+
+def _step(call: Call, last: bool) -> tuple[int, int]:
+    """From patch to patch, in rows and values of `_flat` pixels."""
+    return call.stride[1], call.stride[2] * (call.weight.shape[1] if last else 1)
+
+
+def _pixels_why_not(x: Tensor, call: Call, name: str, last: bool) -> str | None:
     dtype, patch = call.weight.dtype, call.weight.shape[4]
     if x.dtype not in (dtype, torch.uint8):
         return f"{name} is {x.dtype}; the CUDA kernels take the weight's dtype and uint8"
@@ -52,14 +67,17 @@ def _pixels_why_not(x: Tensor, call: Call, name: str) -> str | None:
         return "pixel_mean or pixel_std is given; the CUDA kernels normalise uint8 only"
     if x.shape[2] != 1:
         return f"{name} has {x.shape[2]} frames; the CUDA kernels embed images"
-    piece = _piece(x, patch)
-    strides = [x.stride(dim) for dim in (0, 1, 3) if x.shape[dim] > 1]
+    if last and len(set(call.pixel_std)) > 1:
+        return "pixel_std differs between channels; the CUDA kernels then want channels first"
+    piece = 16 // x.element_size() if patch == 16 else 2  # pixels of one copy
+    flat, step = _flat(x, last), _step(call, last)[1]
+    strides = [flat.stride(dim) for dim in range(3) if flat.shape[dim] > 1]
     start = 0 if isinstance(x, FakeTensor) else x.data_ptr() % (piece * x.element_size())
-    if x.stride(4) != 1 or start or any(n % piece for n in (*strides, call.stride[2])):
+    if flat.stride(3) != 1 or start or any(n % piece for n in (*strides, step)):
         return (
             f"{name} has strides {tuple(x.stride())} and patches {call.stride[2]} apart; the CUDA "
-            f"kernels want a last stride of 1, and patches and their rows to start at multiples of "
-            f"{piece} pixels"
+            "kernels want channels first with a last stride of 1, or last without gaps, and "
+            f"patches and their rows to start at multiples of {piece} values"
         )
     return None
 
@@ -87,9 +105,10 @@ def _call_why_not(call: Call) -> str | None:
     for name, x in tail.items():
         if x is not None and x.dtype not in (weight.dtype, torch.float32):
             return f"{name} is {x.dtype}; the CUDA kernels take the weight's dtype and float32"
+    last = _channels_last(call)
     for index, x in enumerate(call.pixels):
         name = "pixels" if len(call.pixels) == 1 else f"images[{index}]"
-        if (reason := _pixels_why_not(x, call, name)) is not None:
+        if (reason := _pixels_why_not(x, call, name, last)) is not None:
             return reason
     return None
 
@@ -151,7 +170,7 @@ def _copyable(x: Tensor) -> Tensor:
 
 
 def _weight(weight: Tensor, tma: bool) -> Tensor:
-    """weight (D, C, P, P) with rows in one piece, which for TMA start at multiples of 16 bytes."""
+    """weight (D, C, P, R) with rows in one piece, which for TMA start at multiples of 16 bytes."""
     rows = weight.flatten(1)
     missing = -rows.shape[1] % 8 if tma else 0
     rows = F.pad(rows, (0, missing)) if missing else rows.contiguous()
@@ -206,7 +225,8 @@ def forward(*inputs: Any) -> Tensor:
     """out (rows, D) in the weight's dtype; see `_core/ops.py`."""
     call = Call(*map(_resolved, inputs))
     out = call.weight.new_empty(row_count(call), len(call.weight))
-    weight = _weight(call.weight[:, :, 0], _reads_by_tma(call.weight.device))
+    last = _channels_last(call)
+    weight = _weight(_flat(call.weight, last), _reads_by_tma(call.weight.device))
     bias, scale = _bias(call), _parts_scale(call)
     pos = None if call.pos_embed is None else _copyable(call.pos_embed)
     prefix = None if call.prefix is None else _copyable(call.prefix)
@@ -217,8 +237,8 @@ def forward(*inputs: Any) -> Tensor:
         if not call.pos_per_sample:
             first = size = 0
         torch.ops.mmkernels_cuda.patch_embed_forward(
-            item.pixels[:, :, 0], weight, bias, pos, prefix, scale, _rows(out, item),
-            *call.stride[1:], first, size, call.pos_prefix,
+            _flat(item.pixels, last), weight, bias, pos, prefix, scale, _rows(out, item),
+            *_step(call, last), first, size, call.pos_prefix,
         )  # fmt: skip
     return out
 
@@ -248,19 +268,22 @@ def backward(dout: Tensor, *inputs: Any) -> tuple:
 
 def _weight_gradient(dout: Tensor, call: Call) -> Tensor:
     """(D, C, 1, P, P) float32, the mean of raw pixels left out."""
-    shape = (len(call.weight), *call.weight.shape[1:2], *call.weight.shape[3:])
-    scales = _scales(call)
-    scale = constants(scales, dout.device) if scales else None
-    total = torch.zeros(shape, dtype=torch.float32, device=dout.device)
+    last, device = _channels_last(call), dout.device
+    shape = _flat(call.weight, last).shape
+    scales = _scales(call)[: shape[1]]
+    scale = constants(scales, device) if scales else None
+    total = torch.zeros(shape, dtype=torch.float32, device=device)
     listed = [item for item in items(call) if item.batch * item.tokens]
     for item in listed:
-        splits = _splits(item.batch * item.tokens, shape, _processors(dout.device))
-        partial = torch.empty((splits, *shape), dtype=torch.float32, device=dout.device)
-        dweight = torch.empty(shape, dtype=torch.float32, device=dout.device)
+        splits = _splits(item.batch * item.tokens, shape, _processors(device))
+        partial = torch.empty((splits, *shape), dtype=torch.float32, device=device)
+        dweight = torch.empty(shape, dtype=torch.float32, device=device)
         torch.ops.mmkernels_cuda.patch_embed_weight(
-            _rows(dout, item), item.pixels[:, :, 0], scale, partial, dweight, *call.stride[1:]
+            _rows(dout, item), _flat(item.pixels, last), scale, partial, dweight, *_step(call, last)
         )
         total = dweight if len(listed) == 1 else total + dweight
+    if last:
+        total = total[:, 0].unflatten(2, (-1, call.weight.shape[1])).permute(0, 3, 1, 2)
     return total[:, :, None]
 
 

@@ -28,7 +28,7 @@ class PatchForward(ctypes.Structure):
         *_fields(ctypes.c_int64, "stride_xb stride_xc stride_xh"),
         *_fields(ctypes.c_int64, "stride_weight stride_pos"),
         *_fields(ctypes.c_int64, "stride_prefix_b stride_prefix_p"),
-        *_fields(ctypes.c_int32, "batch channels dim grid_h grid_w step_h step_w prefix_rows"),
+        *_fields(ctypes.c_int32, "batch channels row dim grid_h grid_w step_h step_w prefix_rows"),
         *_fields(ctypes.c_int32, "pos_first pos_stride parts processors"),
         *_fields(ctypes.c_bool, "bytes bias_float pos_float prefix_float pos_prefix"),
     )
@@ -40,7 +40,7 @@ class PatchWeight(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_void_p, "dout pixels scale partial dweight"),
         *_fields(ctypes.c_int64, "stride_xb stride_xc stride_xh"),
-        *_fields(ctypes.c_int32, "batch channels dim grid_h grid_w step_h step_w prefix_rows"),
+        *_fields(ctypes.c_int32, "batch channels row dim grid_h grid_w step_h step_w prefix_rows"),
         *_fields(ctypes.c_int32, "splits"),
         *_fields(ctypes.c_bool, "bytes"),
     )
@@ -69,7 +69,7 @@ class Ops:
             stride_prefix_p=_stride(prefix, 1), bias_float=_is_float(bias),
             pos_float=_is_float(pos), prefix_float=_is_float(prefix),
             prefix_rows=0 if prefix is None else prefix.shape[1],
-            **_grid(pixels, weight.shape[2], step_h, step_w),
+            **_grid(pixels, weight, step_h, step_w),
         )  # fmt: skip
         tensors = {"pixels": pixels, "weight": weight, "bias": bias, "scale": scale, "pos": pos}
         patch, arch = weight.shape[2], self.arch
@@ -83,7 +83,7 @@ class Ops:
         self, dout: Tensor, pixels: Tensor, scale: Tensor | None, partial: Tensor,
         dweight: Tensor, step_h: int, step_w: int,
     ) -> None:  # fmt: skip
-        grid = _grid(pixels, dweight.shape[2], step_h, step_w)
+        grid = _grid(pixels, dweight, step_h, step_w)
         samples = max(grid["batch"], 1)
         rows = len(dout) // samples - grid["grid_h"] * grid["grid_w"]
         p = PatchWeight(dim=len(dweight), prefix_rows=rows, splits=len(partial), **grid)
@@ -118,13 +118,15 @@ def _is_float(x: Tensor | None) -> bool:
     return x is not None and x.dtype == torch.float32
 
 
-def _grid(pixels: Tensor, patch: int, step_h: int, step_w: int) -> dict[str, Any]:
+def _grid(pixels: Tensor, weight: Tensor, step_h: int, step_w: int) -> dict[str, Any]:
     batch, channels, height, width = pixels.shape
+    patch, row = weight.shape[2:]
     return {
         "batch": batch,
         "channels": channels,
+        "row": row,
         "grid_h": (height - patch) // step_h + 1,
-        "grid_w": (width - patch) // step_w + 1,
+        "grid_w": (width - row) // step_w + 1,
         "step_h": step_h,
         "step_w": step_w,
         "stride_xb": pixels.stride(0),

@@ -16,7 +16,7 @@ from tests import cuda_harness
 from tests.cuda_harness import on_device
 from tests.patch_embed.cases import EQUAL, IMAGENET, Case, image_bytes, normal
 from tests.patch_embed.cuda_harness import run, useful_flops
-from tests.patch_embed.test_cuda_ptx import bf16, case, check_out, fp16, images
+from tests.patch_embed.test_cuda_ptx import bf16, case, channels_last, check_out, fp16, images
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.ptxsim]
 PATCHES = pytest.mark.parametrize("patch", [14, 16])
@@ -84,6 +84,13 @@ def test_strides(raw, patch):
     wide[1:, 2:, 2:, 32:-16] = x
     check(case(on_device(wide)[1:, 2:, 2:, 32:-16], patch, 40, **(IMAGENET if raw else {})))
     check(case(on_device(x[:1]).expand(3, -1, -1, -1), patch, 40, **(IMAGENET if raw else {})))
+
+
+@pytest.mark.parametrize(("patch", "raw"), [(14, False), (16, False), (16, True)])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_channels_last(channels, raw, patch):
+    x = channels_last(images(patch, 3, channels, raw=raw))
+    check(case(x, patch, 40, **({"pixel_mean": 0.4, "pixel_std": 0.5} if raw else {})))
 
 
 @pytest.mark.parametrize(("patch", "stride"), [(16, 8), (14, 10)])
@@ -159,9 +166,19 @@ def code(source: Path, folder: Path) -> str:
     from triton.backends import nvidia
 
     cubin = folder / f"{source.stem}.cubin"
-    nvcc = ["nvcc", *cuda_harness.FLAGS, "-arch=sm_90a", "-cubin", source, "-o", cubin]
+    nvcc = [
+        "nvcc",
+        *cuda_harness.FLAGS,
+        "-arch=sm_90a",
+        "-cubin",
+        "--resource-usage",
+        source,
+        "-o",
+        cubin,
+    ]
     done = subprocess.run(nvcc, check=True, capture_output=True, text=True)
-    assert not re.findall(r"C75\d\d", done.stdout + done.stderr)
+    said = done.stdout + done.stderr
+    assert not re.findall(r"C75\d\d|[1-9]\d* bytes (?:stack frame|spill)", said)
     tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
     dump = [tool, "-sass", cubin]
     return subprocess.run(dump, check=True, capture_output=True, text=True).stdout

@@ -117,9 +117,28 @@ def test_values_of_a_token_around_a_tile(channels, dim, patch):
     check(case(images(patch, 2, channels), patch, dim))
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x (B, C, H, W) without gaps, its channels side by side."""
+    return on_device(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@PATCHES
+@pytest.mark.parametrize("kind", ["floats", "plain", "one std"])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_channels_last(channels, kind, patch):
+    x = channels_last(images(patch, 3, channels, raw=kind != "floats"))
+    options = {"pixel_mean": 0.4, "pixel_std": 0.5} if kind == "one std" else {}
+    check(case(x, patch, 40, **options))
+    wide = on_device(torch.cat((x, x), 3).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    check(case(wide[:, :, 1:, 16:-16], patch, 40, **options))
+
+
+STRIDES = ["part of a wider image", "one image for all", "frames of a clip"]
+
+
 @PATCHES
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("kind", ["part of a wider image", "one image for all", "frames of a clip"])
+@pytest.mark.parametrize("kind", STRIDES)
 def test_strides(kind, raw, patch):
     x = images(patch, 2, raw=raw)
     if kind == "part of a wider image":
