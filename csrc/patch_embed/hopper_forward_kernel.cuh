@@ -8,9 +8,9 @@
 //   in turns   products of BLOCK_K values, 64 rows at a time; then bias, position, prefix, and out
 //
 // Pixels do not come by TMA: the rows of a tile are patches of a row of the grid, and go on in the next row
-// or the next sample, past prefix tokens, at strides that no box follows. What the fetching threads have copied
-// or stored becomes visible to wgmma by a proxy fence before they arrive at the stage's barrier: two steps
-// after they were sent for, or of bytes one step, when the next ones are on their way to registers.
+// or the next sample, past prefix tokens, at strides that no box follows. What the fetching threads have
+// copied or stored becomes visible to wgmma by a proxy fence before they arrive at the stage's barrier: two
+// steps after they were sent for, or of bytes one step, when the next ones are on their way to registers.
 //
 // Tiles of a stage have rows of 128 bytes, swizzled as TMA does. The fetching warpgroup gives registers to
 // the other two, which hold 128 x 128 products each.
