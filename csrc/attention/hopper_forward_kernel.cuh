@@ -360,6 +360,8 @@ __global__ void __launch_bounds__(S::THREADS, 1)
     take_registers<S::CONSUMER_REGISTERS>();
     Consumer<S>{shared, scores}.consume(p, maps, order);
   }
+#else
+  __trap();  // compiled for another GPU than it is launched on
 #endif
 }
 

@@ -70,9 +70,11 @@ def chunks(call: Call) -> Iterator[tuple[slice, list[Piece]]]:
         yield slice(first, first + size), pieces
 
 
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """In which the patches are multiplied."""
-    if weight.dtype == torch.bfloat16 and NATIVE_BFLOAT16:
+def product_dtype(weight: Tensor, *addends: Tensor | None) -> torch.dtype:
+    """In which the patches are multiplied, and added to these."""
+    # Autocast leaves positions in float32; cast, they would give another sum.
+    narrow = all(x is None or x.dtype == weight.dtype for x in addends)
+    if weight.dtype == torch.bfloat16 and NATIVE_BFLOAT16 and narrow:
         return torch.bfloat16
     return torch.promote_types(weight.dtype, torch.float32)
 
@@ -205,7 +207,7 @@ def forward(*inputs: Any) -> Tensor:
     """out (rows, D) in the weight's dtype; see `_core/ops.py`."""
     call = Call(*inputs)
     weight = call.weight
-    dtype = product_dtype(weight)
+    dtype = product_dtype(weight, call.bias, call.pos_embed)
     out = weight.new_empty((row_count(call), len(weight)))
     pixels, matrix = Pixels(call, dtype), weight.flatten(1).to(dtype).t()
     planned = list(chunks(call))

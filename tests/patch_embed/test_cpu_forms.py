@@ -52,7 +52,10 @@ def test_bfloat16_product_obeys_the_error_rule(monkeypatch, name, native):
 )
 def test_dtype_of_the_product(monkeypatch, dtype, native, expected):
     monkeypatch.setattr(cpu, "NATIVE_BFLOAT16", native)
-    assert cpu.product_dtype(torch.empty(2, 2, dtype=dtype)) == expected
+    weight = torch.empty(2, 2, dtype=dtype)
+    assert cpu.product_dtype(weight) == cpu.product_dtype(weight, None, weight[0]) == expected
+    wide = weight[0].to(torch.promote_types(dtype, torch.float32))
+    assert cpu.product_dtype(weight, wide) == wide.dtype
 
 
 def built(pixels, where="patch_embed", **more):

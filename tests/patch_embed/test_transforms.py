@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import mmkernels as mm
 from mmkernels import testing
 from mmkernels._core import ops
+from mmkernels.patch_embed import cpu
 from mmkernels.patch_embed.api import differentiable_arguments
 from mmkernels.patch_embed.build import build
 from mmkernels.patch_embed.call import Call
@@ -241,9 +242,11 @@ def test_autocast(name, backend, dtype):
         ).eps * size
 
 
+@pytest.mark.parametrize("native", [False, True])
 @AUTO_TOO
-def test_autocast_leaves_positions_in_float32(backend):
+def test_autocast_leaves_positions_in_float32(monkeypatch, backend, native):
     """Product and position are added in float32 and rounded once; the result has the cast dtype."""
+    monkeypatch.setattr(cpu, "NATIVE_BFLOAT16", native)
     dtype = torch.float16 if backends.interpreted(backend) else torch.bfloat16
     device = testing.device_for(backend)
     pixels, weight = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1.0)
