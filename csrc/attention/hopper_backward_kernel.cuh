@@ -1,0 +1,65 @@
+// Attention's backward pass on wgmma and TMA, compute capability 9.0: the mathematics of backward_kernel.cuh.
+#pragma once
+
+#include <algorithm>
+
+#include "../hopper/tensor_map.h"
+#include "hopper_backward.h"
+#include "hopper_backward_keys.cuh"
+#include "hopper_backward_queries.cuh"
+
+namespace mmkernels::hopper {
+
+// Boxes are a part of a tile.
+template <typename T>
+cudaError_t make_maps(BackwardMaps& maps, const AttentionBackward& p) {
+  struct Tensor {
+    CUtensorMap& map;
+    const void* data;
+    int64_t length, heads, stride_s, stride_h, stride_b;
+  };
+  const int64_t d = p.head_dim, q_row = p.heads * d, k_row = p.kv_heads * d;
+  const int64_t q_batch = q_row * p.seqlen_q, k_batch = k_row * p.seqlen_k;
+  const Tensor tensors[] = {
+      {maps.q, p.q, p.seqlen_q, p.heads, p.stride_qs, p.stride_qh, p.stride_qb},
+      {maps.k, p.k, p.seqlen_k, p.kv_heads, p.stride_ks, p.stride_kh, p.stride_kb},
+      {maps.v, p.v, p.seqlen_k, p.kv_heads, p.stride_vs, p.stride_vh, p.stride_vb},
+      {maps.dout, p.dout, p.seqlen_q, p.heads, p.stride_douts, p.stride_douth, p.stride_doutb},
+      {maps.dq, p.dq, p.seqlen_q, p.heads, q_row, d, q_batch},
+      {maps.dk, p.dk, p.seqlen_k, p.kv_heads, k_row, d, k_batch},
+      {maps.dv, p.dv, p.seqlen_k, p.kv_heads, k_row, d, k_batch},
+  };
+  for (const Tensor& x : tensors) {
+    const cudaError_t error = make_tensor_map<4>(
+        x.map, x.data, std::is_same_v<T, __nv_bfloat16>, {d, x.length, x.heads, p.batch},
+        {x.stride_s, x.stride_h, x.stride_b}, {COLUMNS, ROWS, 1, 1});
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <class Shared, class Kernel>
+cudaError_t launch(Kernel* kernel, int64_t heads, int length, const AttentionBackward& p,
+                   const BackwardMaps& maps, cudaStream_t stream) {
+  const int tiles = (length + GROUPS * ROWS - 1) / (GROUPS * ROWS);
+  if (heads * tiles > INT_MAX) return cudaErrorInvalidConfiguration;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  if (error != cudaSuccess) return error;
+  kernel<<<int(heads * tiles), THREADS, sizeof(Shared), stream>>>(p, maps, Scores(p), tiles);
+  return cudaGetLastError();
+}
+
+template <typename T, int HEAD_DIM>
+cudaError_t launch_attention_backward(const AttentionBackward& p, cudaStream_t stream) {
+  BackwardMaps maps;
+  cudaError_t error = make_maps<T>(maps, p);
+  if (error != cudaSuccess) return error;
+  error = launch<KeysShared<T, HEAD_DIM>>(attention_backward_keys_kernel<T, HEAD_DIM>,
+                                          int64_t(p.batch) * p.kv_heads, p.seqlen_k, p, maps, stream);
+  if (error != cudaSuccess) return error;
+  return launch<QueriesShared<T, HEAD_DIM>>(attention_backward_queries_kernel<T, HEAD_DIM>,
+                                            int64_t(p.batch) * p.heads, p.seqlen_q, p, maps, stream);
+}
+
+}  // namespace mmkernels::hopper

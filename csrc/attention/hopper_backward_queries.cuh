@@ -1,0 +1,176 @@
+// dq of a tile of queries for each consumer warpgroup. The products are explained in
+// hopper_backward_kernel.cuh.
+#pragma once
+
+#include "hopper_backward_tiles.cuh"
+
+namespace mmkernels::hopper {
+
+// The keys that some of a tile's queries see, [lo, hi), and that all of them but those without a key see.
+struct KeyRange {
+  int lo = INT_MAX, hi = 0, full_lo = 0, full_hi = INT_MAX;
+
+  __device__ __forceinline__ void add(const KeyRange& other) {
+    lo = min(lo, other.lo);
+    hi = max(hi, other.hi);
+    full_lo = max(full_lo, other.full_lo);
+    full_hi = min(full_hi, other.full_hi);
+  }
+
+  __device__ __forceinline__ Seen seen(int n0) const {
+    if (n0 >= hi || n0 + ROWS <= lo) return Seen::NOTHING;
+    return n0 >= full_lo && n0 + ROWS <= full_hi ? Seen::ALL : Seen::SOME;
+  }
+};
+
+template <typename T, int HEAD_DIM>
+struct QueriesShared {
+  Tile<T, HEAD_DIM> q[GROUPS];  // at the end dq
+  Tile<T, HEAD_DIM> dout[GROUPS];
+  Tile<T, HEAD_DIM> k[STAGES];
+  Tile<T, HEAD_DIM> v[STAGES];
+  Queries queries[GROUPS];
+  KeyRange ranges[GROUPS * ROWS / 32];  // of 32 queries each
+  // Full: TMA has written. Empty: all consumer warps have read.
+  uint64_t queries_full, full[STAGES], empty[STAGES];
+};
+
+// By the first GROUPS * ROWS threads, one for each of the block's queries.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void load_queries(QueriesShared<T, HEAD_DIM>& shared, const AttentionBackward& p,
+                                             int b, int h, int m0) {
+  const int row = threadIdx.x;
+  const Query query(p, b, h, m0 + row);
+  query.store(shared.queries[row / ROWS], row % ROWS);
+  KeyRange range;
+  if (!query.empty()) range = {query.bounds.x, query.bounds.y, query.bounds.x, query.bounds.y};
+  range.lo = __reduce_min_sync(~0u, range.lo);
+  range.hi = __reduce_max_sync(~0u, range.hi);
+  range.full_lo = __reduce_max_sync(~0u, range.full_lo);
+  range.full_hi = __reduce_min_sync(~0u, range.full_hi);
+  if (row % 32 == 0) shared.ranges[row / 32] = range;
+}
+
+// Tile after tile of keys.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void produce_keys(QueriesShared<T, HEAD_DIM>& shared, Ring<STAGES>& ring,
+                                             const BackwardMaps& maps, const KeyRange& range, int b, int kv_h) {
+  for (int n0 = range.lo; n0 < range.hi; n0 += ROWS, ring.advance()) {
+    const int i = ring.stage;
+    barrier_wait(shared.empty[i], ring.parity ^ 1);
+    barrier_arrive_expect(shared.full[i], sizeof(shared.k[i]) + sizeof(shared.v[i]));
+    load_tile(shared.k[i], maps.k, shared.full[i], n0, kv_h, b);
+    load_tile(shared.v[i], maps.v, shared.full[i], n0, kv_h, b);
+  }
+}
+
+// By all consumers, each a part: zeros where a tile is not finite.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void clean(Tile<T, HEAD_DIM>& tile) {
+  constexpr uint32_t EXPONENT = std::is_same_v<T, __half> ? 0x7c00 : 0x7f80;
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(tile.parts);
+#pragma unroll 1
+  for (int i = threadIdx.x - WARPGROUP; i < int(sizeof(tile) / sizeof(*pairs)); i += CONSUMERS) {
+    uint32_t x = pairs[i];
+    if ((x & EXPONENT) == EXPONENT) x &= 0xffff0000;
+    if ((x >> 16 & EXPONENT) == EXPONENT) x &= 0x0000ffff;
+    pairs[i] = x;
+  }
+}
+
+// A consumer warpgroup: dq += ds k of its tile of queries. CLEAN: what is not finite in k counts as 0 there.
+template <bool CLEAN, typename T, int HEAD_DIM>
+__device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShared<T, HEAD_DIM>& shared,
+                                             Ring<STAGES>& ring, const Scores& scores, const KeyRange& all,
+                                             const KeyRange& range, int group) {
+  const Queries& queries = shared.queries[group];
+  Operand p, ds;
+  for (int n0 = all.lo; n0 < all.hi; n0 += ROWS, ring.advance()) {
+    const int i = ring.stage;
+    barrier_wait(shared.full[i], ring.parity);
+    const Seen seen = CLEAN ? Seen::SOME : range.seen(n0);
+    if (seen == Seen::NOTHING) {
+      release(shared.empty[i]);
+      continue;
+    }
+    Products s, dp;
+    wgmma_fence();
+    multiply_transposed(s, shared.q[group], shared.k[i]);
+    multiply_transposed(dp, shared.dout[group], shared.v[i]);
+    wgmma_wait<1>();
+    pin(s);
+    exponentiate<false, T>(s, p, queries, n0, scores, seen);
+    wgmma_wait<0>();
+    pin(dp);
+    differentiate<false, T>(s, dp, ds, queries, scores, seen);
+    if constexpr (CLEAN) {
+      named_barrier_sync(GROUPS + 1, CONSUMERS);  // both have s
+      clean(shared.k[i]);
+      fence_async_proxy();
+      named_barrier_sync(GROUPS + 1, CONSUMERS);
+    }
+    wgmma_fence();
+    multiply(dq, ds, shared.k[i]);
+    wgmma_wait<0>();
+    release(shared.empty[i]);
+  }
+  pin(dq);
+}
+
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(THREADS, 1)
+    attention_backward_queries_kernel(const __grid_constant__ AttentionBackward p,
+                                      const __grid_constant__ BackwardMaps maps, Scores scores, int tiles) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<QueriesShared<T, HEAD_DIM>*>(memory);
+  // The tiles of a head run side by side; of a causal mask the last queries have the most work.
+  const int head = blockIdx.x / tiles, m0 = (tiles - 1 - blockIdx.x % tiles) * GROUPS * ROWS;
+  const int b = head / p.heads, h = head % p.heads, kv_h = h / (p.heads / p.kv_heads);
+  if (threadIdx.x == 0) {
+    barrier_init(shared.queries_full, 1);
+    for (int i = 0; i < STAGES; ++i) {
+      barrier_init(shared.full[i], 1);
+      barrier_init(shared.empty[i], CONSUMERS / 32);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x < GROUPS * ROWS) load_queries(shared, p, b, h, m0);
+  __syncthreads();
+  KeyRange all;
+#pragma unroll
+  for (const KeyRange& range : shared.ranges) all.add(range);
+
+  Ring<STAGES> ring;
+  if (threadIdx.x < WARPGROUP) {
+    give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x != 0) return;
+    barrier_arrive_expect(shared.queries_full, sizeof(shared.q) + sizeof(shared.dout));
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+      load_tile(shared.q[group], maps.q, shared.queries_full, m0 + group * ROWS, h, b);
+      load_tile(shared.dout[group], maps.dout, shared.queries_full, m0 + group * ROWS, h, b);
+    }
+    produce_keys(shared, ring, maps, all, b, kv_h);
+    return;
+  }
+  take_registers<CONSUMER_REGISTERS>();
+  const int group = threadIdx.x / WARPGROUP - 1;
+  KeyRange range;
+#pragma unroll
+  for (int i = 0; i < ROWS / 32; ++i) range.add(shared.ranges[group * ROWS / 32 + i]);
+  Gradient<HEAD_DIM> dq;
+#pragma unroll
+  for (float& x : dq) x = 0.0f;
+  barrier_wait(shared.queries_full, 0);
+  consume_keys<false>(dq, shared, ring, scores, all, range, group);
+  const float factor = rest_of_scale<T>(scores);
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 2; ++i)
+    dq[i] = shared.queries[group].minus_lse[row_of(i)] == -INFINITY ? 0.0f : dq[i] * factor;
+  store_gradient(dq, 1.0f, shared.q[group], maps.dq, m0 + group * ROWS, h, b);
+  tma_store_wait_read();
+#endif
+}
+
+}  // namespace mmkernels::hopper
