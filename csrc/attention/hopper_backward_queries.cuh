@@ -78,12 +78,29 @@ __device__ __forceinline__ void clean(Tile<T, HEAD_DIM>& tile) {
   }
 }
 
-// A consumer warpgroup: dq += ds k of its tile of queries. CLEAN: what is not finite in k counts as 0 there.
+// Is dq not finite in a row that sees a key?
+template <size_t COUNT>
+__device__ __forceinline__ bool not_finite(const float (&dq)[COUNT], const Queries& queries) {
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < int(COUNT); ++i)
+    found |= !(fabsf(dq[i]) < INFINITY) && queries.minus_lse[row_of(i)] != -INFINITY;
+  return found;
+}
+
+// By the producer warp and all consumers: has one of them found that the keys must be walked again?
+__device__ __forceinline__ bool walk_again(bool found) {
+  return named_barrier_any(GROUPS + 1, 32 + CONSUMERS, found);
+}
+
+// A consumer warpgroup: dq = ds k of its tile of queries. CLEAN: what is not finite in k counts as 0 there.
 template <bool CLEAN, typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShared<T, HEAD_DIM>& shared,
                                              Ring<STAGES>& ring, const Scores& scores, const KeyRange& all,
                                              const KeyRange& range, int group) {
   const Queries& queries = shared.queries[group];
+#pragma unroll
+  for (float& x : dq) x = 0.0f;
   Operand p, ds;
   for (int n0 = all.lo; n0 < all.hi; n0 += ROWS, ring.advance()) {
     const int i = ring.stage;
@@ -104,10 +121,10 @@ __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShar
     pin(dp);
     differentiate<false, T>(s, dp, ds, queries, scores, seen);
     if constexpr (CLEAN) {
-      named_barrier_sync(GROUPS + 1, CONSUMERS);  // both have s
+      named_barrier_sync(GROUPS + 2, CONSUMERS);  // both have s
       clean(shared.k[i]);
       fence_async_proxy();
-      named_barrier_sync(GROUPS + 1, CONSUMERS);
+      named_barrier_sync(GROUPS + 2, CONSUMERS);
     }
     wgmma_fence();
     multiply(dq, ds, shared.k[i]);
@@ -144,14 +161,19 @@ __global__ void __launch_bounds__(THREADS, 1)
   Ring<STAGES> ring;
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x != 0) return;
-    barrier_arrive_expect(shared.queries_full, sizeof(shared.q) + sizeof(shared.dout));
+    if (threadIdx.x >= 32) return;
+    if (threadIdx.x == 0) {
+      barrier_arrive_expect(shared.queries_full, sizeof(shared.q) + sizeof(shared.dout));
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-      load_tile(shared.q[group], maps.q, shared.queries_full, m0 + group * ROWS, h, b);
-      load_tile(shared.dout[group], maps.dout, shared.queries_full, m0 + group * ROWS, h, b);
+      for (int group = 0; group < GROUPS; ++group) {
+        load_tile(shared.q[group], maps.q, shared.queries_full, m0 + group * ROWS, h, b);
+        load_tile(shared.dout[group], maps.dout, shared.queries_full, m0 + group * ROWS, h, b);
+      }
+      produce_keys(shared, ring, maps, all, b, kv_h);
     }
-    produce_keys(shared, ring, maps, all, b, kv_h);
+    __syncwarp();
+    if (p.start != nullptr && walk_again(false) && threadIdx.x == 0)
+      produce_keys(shared, ring, maps, all, b, kv_h);
     return;
   }
   take_registers<CONSUMER_REGISTERS>();
@@ -159,11 +181,11 @@ __global__ void __launch_bounds__(THREADS, 1)
   KeyRange range;
 #pragma unroll
   for (int i = 0; i < ROWS / 32; ++i) range.add(shared.ranges[group * ROWS / 32 + i]);
-  Gradient<HEAD_DIM> dq;
-#pragma unroll
-  for (float& x : dq) x = 0.0f;
   barrier_wait(shared.queries_full, 0);
+  Gradient<HEAD_DIM> dq;
   consume_keys<false>(dq, shared, ring, scores, all, range, group);
+  if (p.start != nullptr && walk_again(not_finite(dq, shared.queries[group])))
+    consume_keys<true>(dq, shared, ring, scores, all, range, group);
   const float factor = rest_of_scale<T>(scores);
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i)

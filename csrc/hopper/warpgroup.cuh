@@ -15,6 +15,22 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("barrier.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// The same as a vote: is `x` true for any thread?
+__device__ __forceinline__ bool named_barrier_any(int barrier, int threads, bool x) {
+  int any;
+  asm volatile(
+      "{\n"
+      ".reg .pred any;\n"
+      "setp.ne.b32 any, %3, 0;\n"
+      "barrier.red.or.pred any, %1, %2, any;\n"
+      "selp.b32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"(int(x))
+      : "memory");
+  return any;
+}
+
 // PTX ISA, "setmaxnreg": by all warps of a warpgroup.
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers() {

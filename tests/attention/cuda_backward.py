@@ -139,9 +139,11 @@ def attention_backward(
         softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
     )  # fmt: skip
     _set_tensors(p, tensors)
-    name = f"backward_{cuda_harness.WIDTHS[head_dim]}_{cuda_harness.SHORT[q.dtype]}"
-    function = f"mmkernels_attention_{name}"
-    return grads, _launch(name, function, p, list(tensors.values()), arch, seed)
+    name = f"{cuda_harness.WIDTHS[head_dim]}_{cuda_harness.SHORT[q.dtype]}"
+    source, function = f"backward_{name}", f"mmkernels_attention_backward_{name}"
+    if arch == "sm_90a":
+        source, function = f"hopper_{source}", f"mmkernels_attention_backward_sm90_{name}"
+    return grads, _launch(source, function, p, list(tensors.values()), arch, seed)
 
 
 class Problem(NamedTuple):
