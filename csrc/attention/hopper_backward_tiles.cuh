@@ -156,7 +156,7 @@ __device__ __forceinline__ void exponentiate(Products& s, Operand& rounded, cons
       const int row = row_of(i + j), column = column_of(i + j), query = KEYS ? column : row;
       float x = s[i + j], slope = 1.0f;
       if constexpr (SOFTCAP) {
-        const float t = 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(x * scores.inner));  // 2^x: inf or 0 beyond
+        const float t = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x * scores.inner));
         x = scores.outer * t;
         slope = 1.0f - t * t;
       }
