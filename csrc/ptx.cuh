@@ -88,6 +88,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// The reverse; log2(0) is -inf.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 1 / x to 1 ulp in one instruction; 1 / inf is 0.
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float y;

@@ -28,6 +28,10 @@ struct AttentionBackward {
   void* dq;
   void* dk;
   void* dv;
+  // Of a Hopper kernel that may sum dq in any order, else null. dq_sum: zeros, 128 rows of the padded head dim
+  // for each tile of 128 queries; redo: one element for each such tile, (B, Hq, ceil(Sq / 128)).
+  float* dq_sum;
+  int32_t* redo;
   // In elements.
   int64_t stride_qb, stride_qs, stride_qh;
   int64_t stride_kb, stride_ks, stride_kh;

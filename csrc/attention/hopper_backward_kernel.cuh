@@ -38,28 +38,43 @@ cudaError_t make_maps(BackwardMaps& maps, const AttentionBackward& p) {
   return cudaSuccess;
 }
 
+// A block for each 128 rows of each head.
 template <class Shared, class Kernel>
-cudaError_t launch(Kernel* kernel, int64_t heads, int length, const AttentionBackward& p,
+cudaError_t launch(Kernel* kernel, int threads, int64_t heads, int length, const AttentionBackward& p,
                    const BackwardMaps& maps, cudaStream_t stream) {
   const int tiles = (length + GROUPS * ROWS - 1) / (GROUPS * ROWS);
   if (heads * tiles > INT_MAX) return cudaErrorInvalidConfiguration;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  kernel<<<int(heads * tiles), THREADS, sizeof(Shared), stream>>>(p, maps, Scores(p), tiles);
+  kernel<<<int(heads * tiles), threads, sizeof(Shared), stream>>>(p, maps, Scores(p), tiles);
   return cudaGetLastError();
+}
+
+template <typename T, int HEAD_DIM, bool SUM>
+cudaError_t launch_keys(const AttentionBackward& p, const BackwardMaps& maps, cudaStream_t stream) {
+  return launch<KeysShared<T, HEAD_DIM, SUM>>(attention_backward_keys_kernel<T, HEAD_DIM, SUM>, THREADS,
+                                              int64_t(p.batch) * p.kv_heads, p.seqlen_k, p, maps, stream);
 }
 
 template <typename T, int HEAD_DIM>
 cudaError_t launch_attention_backward(const AttentionBackward& p, cudaStream_t stream) {
+  const int64_t heads = int64_t(p.batch) * p.heads;
   BackwardMaps maps;
   cudaError_t error = make_maps<T>(maps, p);
   if (error != cudaSuccess) return error;
-  error = launch<KeysShared<T, HEAD_DIM>>(attention_backward_keys_kernel<T, HEAD_DIM>,
-                                          int64_t(p.batch) * p.kv_heads, p.seqlen_k, p, maps, stream);
+  if (p.dq_sum == nullptr) {
+    error = launch_keys<T, HEAD_DIM, false>(p, maps, stream);
+  } else {
+    error = launch_keys<T, HEAD_DIM, true>(p, maps, stream);
+    if (error != cudaSuccess) return error;
+    error = launch<Tile<T, HEAD_DIM>[GROUPS]>(attention_backward_round_kernel<T, HEAD_DIM>, CONSUMERS, heads,
+                                              p.seqlen_q, p, maps, stream);
+    if (p.start == nullptr) return error;
+  }
   if (error != cudaSuccess) return error;
-  return launch<QueriesShared<T, HEAD_DIM>>(attention_backward_queries_kernel<T, HEAD_DIM>,
-                                            int64_t(p.batch) * p.heads, p.seqlen_q, p, maps, stream);
+  return launch<QueriesShared<T, HEAD_DIM>>(attention_backward_queries_kernel<T, HEAD_DIM>, THREADS, heads,
+                                            p.seqlen_q, p, maps, stream);
 }
 
 }  // namespace mmkernels::hopper

@@ -2,18 +2,25 @@
 // products are explained in hopper_backward_kernel.cuh.
 #pragma once
 
-#include "hopper_backward_tiles.cuh"
+#include "hopper_backward_sum.cuh"
 
 namespace mmkernels::hopper {
 
-template <typename T, int HEAD_DIM>
+struct Nothing {};
+
+// SUM: the kernel adds to dq, too.
+template <typename T, int HEAD_DIM, bool SUM>
 struct KeysShared {
+  // Tiles of queries on their way or worked on.
+  static constexpr int STAGES = SUM && HEAD_DIM > 64 ? 2 : 3;
   Tile<T, HEAD_DIM> k[GROUPS];  // at the end dk
   Tile<T, HEAD_DIM> v[GROUPS];  // at the end dv
   Tile<T, HEAD_DIM> q[STAGES];
   Tile<T, HEAD_DIM> dout[STAGES];
+  std::conditional_t<SUM, SumShared<T, HEAD_DIM>, Nothing> sum;
   Queries queries[STAGES];
   Seen seen[STAGES][GROUPS];
+  int tile[STAGES];  // of all tiles of queries
   // Full: all of a stage is written. Empty: all consumer warps have read it.
   uint64_t keys_full, full[STAGES], empty[STAGES];
 };
@@ -36,8 +43,8 @@ __device__ __forceinline__ int2 queries_of(const AttentionBackward& p, int b, in
 
 // The producer warp: tile after tile of the queries of all heads that share the keys, but for those of which
 // the mask leaves nothing.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void produce_queries(KeysShared<T, HEAD_DIM>& shared, const AttentionBackward& p,
+template <typename T, int HEAD_DIM, bool SUM>
+__device__ __forceinline__ void produce_queries(KeysShared<T, HEAD_DIM, SUM>& shared, const AttentionBackward& p,
                                                 const BackwardMaps& maps, int b, int kv_h, int n0) {
   const int lane = threadIdx.x, groups = p.heads / p.kv_heads;
   if (lane == 0) {
@@ -49,7 +56,7 @@ __device__ __forceinline__ void produce_queries(KeysShared<T, HEAD_DIM>& shared,
     }
   }
   const int2 rows = queries_of(p, b, n0);
-  Ring<STAGES> ring;
+  Ring<shared.STAGES> ring;
   for (int h = kv_h * groups; h < (kv_h + 1) * groups; ++h)
     for (int m0 = rows.x / ROWS * ROWS; m0 < rows.y; m0 += ROWS) {
       const int i = ring.stage;
@@ -75,6 +82,7 @@ __device__ __forceinline__ void produce_queries(KeysShared<T, HEAD_DIM>& shared,
                                : (not_all >> lane & 1) ? Seen::SOME
                                                        : Seen::ALL;
       if (lane == 0) {
+        if constexpr (SUM) shared.tile[i] = (b * p.heads + h) * sum_tiles(p) + m0 / ROWS;
         barrier_arrive_expect(shared.full[i], sizeof(shared.q[i]) + sizeof(shared.dout[i]));
         load_tile(shared.q[i], maps.q, shared.full[i], m0, h, b);
         load_tile(shared.dout[i], maps.dout, shared.full[i], m0, h, b);
@@ -89,41 +97,47 @@ __device__ __forceinline__ void produce_queries(KeysShared<T, HEAD_DIM>& shared,
 }
 
 // A consumer warpgroup: dk and dv of its tile of keys, from n0 on.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM>& shared, const BackwardMaps& maps,
-                                                const Scores& scores, int b, int kv_h, int n0, int group) {
+template <typename T, int HEAD_DIM, bool SUM>
+__device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM, SUM>& shared, const BackwardMaps& maps,
+                                                const Scores& scores, float* dq_sum, int b, int kv_h, int n0,
+ int group) {
   Gradient<HEAD_DIM> dk, dv;
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i) dk[i] = dv[i] = 0.0f;
   Operand p, ds;
   barrier_wait(shared.keys_full, 0);
-  Ring<STAGES> ring;
-  for (;; ring.advance()) {
+  Ring<shared.STAGES> ring;
+  uint32_t turn = 0;
+  for (;; ring.advance(), turn ^= 1) {
     const int i = ring.stage;
     barrier_wait(shared.full[i], ring.parity);
     const Seen seen = shared.seen[i][group];
     if (seen == Seen::END) break;
-    if (seen == Seen::NOTHING) {
-      release(shared.empty[i]);
-      continue;
+    if (seen != Seen::NOTHING) {
+      Products s, dp;
+      wgmma_fence();
+      multiply_transposed(s, shared.k[group], shared.q[i]);
+      multiply_transposed(dp, shared.v[group], shared.dout[i]);
+      wgmma_wait<1>();
+      pin(s);
+      exponentiate<true, T>(s, p, shared.queries[i], n0, scores, seen);
+      wgmma_fence();
+      multiply(dv, p, shared.dout[i]);
+      wgmma_wait<1>();
+      pin(dp);
+      differentiate<true, T>(s, dp, ds, shared.queries[i], scores, seen);
+      wgmma_fence();
+      multiply(dk, ds, shared.q[i]);
+      if constexpr (SUM) share_ds(shared.sum, ds, turn, group);
+      wgmma_wait<0>();
+    } else if constexpr (SUM) {
+      share_ds(shared.sum, Operand{}, turn, group);
     }
-    Products s, dp;
-    wgmma_fence();
-    multiply_transposed(s, shared.k[group], shared.q[i]);
-    multiply_transposed(dp, shared.v[group], shared.dout[i]);
-    wgmma_wait<1>();
-    pin(s);
-    exponentiate<true, T>(s, p, shared.queries[i], n0, scores, seen);
-    wgmma_fence();
-    multiply(dv, p, shared.dout[i]);
-    wgmma_wait<1>();
-    pin(dp);
-    differentiate<true, T>(s, dp, ds, shared.queries[i], scores, seen);
-    wgmma_fence();
-    multiply(dk, ds, shared.q[i]);
-    wgmma_wait<0>();
+    float* sum = SUM ? dq_sum + int64_t(shared.tile[i]) * ROWS * HEAD_DIM : nullptr;
     release(shared.empty[i]);
+    if constexpr (SUM) take_turn(shared.sum, shared.k, sum, turn, group);
   }
+  if constexpr (SUM) named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);  // nobody reads k any longer
   pin(dk);
   pin(dv);
   store_gradient(dk, rest_of_scale<T>(scores), shared.k[group], maps.dk, n0, kv_h, b);
@@ -131,16 +145,16 @@ __device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM>& shared,
   tma_store_wait_read();
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, bool SUM>
 __global__ void __launch_bounds__(THREADS, 1)
     attention_backward_keys_kernel(const __grid_constant__ AttentionBackward p,
                                    const __grid_constant__ BackwardMaps maps, Scores scores, int tiles) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& shared = *reinterpret_cast<KeysShared<T, HEAD_DIM>*>(memory);
+  auto& shared = *reinterpret_cast<KeysShared<T, HEAD_DIM, SUM>*>(memory);
   if (threadIdx.x == 0) {
     barrier_init(shared.keys_full, 1);
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < shared.STAGES; ++i) {
       barrier_init(shared.full[i], 32);
       barrier_init(shared.empty[i], CONSUMERS / 32);
     }
@@ -156,7 +170,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const int group = threadIdx.x / WARPGROUP - 1;
-    consume_queries(shared, maps, scores, b, kv_h, n0 + group * ROWS, group);
+    consume_queries(shared, maps, scores, p.dq_sum, b, kv_h, n0 + group * ROWS, group);
   }
 #endif
 }

@@ -23,16 +23,18 @@ struct KeyRange {
   }
 };
 
+constexpr int QUERIES_STAGES = 3;  // tiles of keys on their way or worked on
+
 template <typename T, int HEAD_DIM>
 struct QueriesShared {
   Tile<T, HEAD_DIM> q[GROUPS];  // at the end dq
   Tile<T, HEAD_DIM> dout[GROUPS];
-  Tile<T, HEAD_DIM> k[STAGES];
-  Tile<T, HEAD_DIM> v[STAGES];
+  Tile<T, HEAD_DIM> k[QUERIES_STAGES];
+  Tile<T, HEAD_DIM> v[QUERIES_STAGES];
   Queries queries[GROUPS];
   KeyRange ranges[GROUPS * ROWS / 32];  // of 32 queries each
   // Full: TMA has written. Empty: all consumer warps have read.
-  uint64_t queries_full, full[STAGES], empty[STAGES];
+  uint64_t queries_full, full[QUERIES_STAGES], empty[QUERIES_STAGES];
 };
 
 // By the first GROUPS * ROWS threads, one for each of the block's queries.
@@ -53,7 +55,7 @@ __device__ __forceinline__ void load_queries(QueriesShared<T, HEAD_DIM>& shared,
 
 // Tile after tile of keys.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void produce_keys(QueriesShared<T, HEAD_DIM>& shared, Ring<STAGES>& ring,
+__device__ __forceinline__ void produce_keys(QueriesShared<T, HEAD_DIM>& shared, Ring<QUERIES_STAGES>& ring,
                                              const BackwardMaps& maps, const KeyRange& range, int b, int kv_h) {
   for (int n0 = range.lo; n0 < range.hi; n0 += ROWS, ring.advance()) {
     const int i = ring.stage;
@@ -90,13 +92,13 @@ __device__ __forceinline__ bool not_finite(const float (&dq)[COUNT], const Queri
 
 // By the producer warp and all consumers: has one of them found that the keys must be walked again?
 __device__ __forceinline__ bool walk_again(bool found) {
-  return named_barrier_any(GROUPS + 1, 32 + CONSUMERS, found);
+  return named_barrier_any(VOTE_BARRIER, 32 + CONSUMERS, found);
 }
 
 // A consumer warpgroup: dq = ds k of its tile of queries. CLEAN: what is not finite in k counts as 0 there.
 template <bool CLEAN, typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShared<T, HEAD_DIM>& shared,
-                                             Ring<STAGES>& ring, const Scores& scores, const KeyRange& all,
+                                             Ring<QUERIES_STAGES>& ring, const Scores& scores, const KeyRange& all,
                                              const KeyRange& range, int group) {
   const Queries& queries = shared.queries[group];
 #pragma unroll
@@ -121,10 +123,10 @@ __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShar
     pin(dp);
     differentiate<false, T>(s, dp, ds, queries, scores, seen);
     if constexpr (CLEAN) {
-      named_barrier_sync(GROUPS + 2, CONSUMERS);  // both have s
+      named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);  // both have s
       clean(shared.k[i]);
       fence_async_proxy();
-      named_barrier_sync(GROUPS + 2, CONSUMERS);
+      named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);
     }
     wgmma_fence();
     multiply(dq, ds, shared.k[i]);
@@ -142,11 +144,12 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<QueriesShared<T, HEAD_DIM>*>(memory);
   // The tiles of a head run side by side; of a causal mask the last queries have the most work.
-  const int head = blockIdx.x / tiles, m0 = (tiles - 1 - blockIdx.x % tiles) * GROUPS * ROWS;
+  const int head = blockIdx.x / tiles, tile = tiles - 1 - blockIdx.x % tiles, m0 = tile * GROUPS * ROWS;
+  if (p.redo != nullptr && !p.redo[head * tiles + tile]) return;
   const int b = head / p.heads, h = head % p.heads, kv_h = h / (p.heads / p.kv_heads);
   if (threadIdx.x == 0) {
     barrier_init(shared.queries_full, 1);
-    for (int i = 0; i < STAGES; ++i) {
+    for (int i = 0; i < QUERIES_STAGES; ++i) {
       barrier_init(shared.full[i], 1);
       barrier_init(shared.empty[i], CONSUMERS / 32);
     }
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
   for (const KeyRange& range : shared.ranges) all.add(range);
 
-  Ring<STAGES> ring;
+  Ring<QUERIES_STAGES> ring;
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x >= 32) return;

@@ -21,7 +21,14 @@ constexpr int GROUPS = 2;    // consumer warpgroups
 constexpr int CONSUMERS = GROUPS * WARPGROUP;
 constexpr int THREADS = WARPGROUP + CONSUMERS;  // the first warpgroup's first warp sends for the tiles
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-constexpr int STAGES = 3;  // tiles on their way or worked on
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier {
+  WARPGROUP_BARRIER = 1,                             // and on: one for each warpgroup
+  CONSUMERS_BARRIER = WARPGROUP_BARRIER + 1 + GROUPS,
+  VOTE_BARRIER,
+  TURN_BARRIER,  // and the next one
+};
 
 // Rows of a head. HEAD_DIM is a multiple of 16; what a head has less is 0.
 template <typename T, int HEAD_DIM>
@@ -44,15 +51,18 @@ struct BackwardMaps {
 // Numbers that turn raw products into exponents of 2, and their gradients into those of dq and dk.
 struct Scores {
   float c;             // softmax_scale log2(e), or 1 with softcap
-  float inner, outer;  // outer * tanh(s softmax_scale / softcap) is outer - 2 outer / (1 + 2^(inner s))
+  // With softcap x = outer tanh(s softmax_scale / softcap), which is outer - 2 outer / (1 + 2^(inner s)). The
+  // slope of tanh there is 1 - slope x^2, and p = 2^(x - lse) gives x again.
+  float inner, outer, slope;
   float softmax_scale;
 
   explicit Scores(const AttentionBackward& p)
-      : c(p.softmax_scale * LOG2E), inner(0.0f), outer(0.0f), softmax_scale(p.softmax_scale) {
+      : c(p.softmax_scale * LOG2E), inner(0.0f), outer(0.0f), slope(0.0f), softmax_scale(p.softmax_scale) {
     if (p.softcap > 0.0f) {
       c = 1.0f;
       inner = 2.0f * LOG2E * p.softmax_scale / p.softcap;
       outer = p.softcap * LOG2E;
+      slope = 1.0f / (outer * outer);
     }
   }
 };
@@ -96,17 +106,27 @@ struct Query {
   }
 };
 
-// Row and column of the block's element `i` of fragment D: of the tile of this thread's warpgroup.
+// Row and column of element `i` of fragment D in the tile of this thread's warpgroup.
 __device__ __forceinline__ int row_of(int i) {
   return threadIdx.x % WARPGROUP / 32 * 16 + i / 2 % 2 * 8 + threadIdx.x % 32 / 4;
 }
 
 __device__ __forceinline__ int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
+__device__ __forceinline__ void sync_warpgroup() {
+  named_barrier_sync(WARPGROUP_BARRIER + threadIdx.x / WARPGROUP, WARPGROUP);
+}
+
 // One arrival of each warp, whose lanes have all come so far.
 __device__ __forceinline__ void release(uint64_t& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+// Eight columns of a tile's row, where the swizzle has them.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ T* swizzled(Tile<T, HEAD_DIM>& tile, int row, int word) {
+  return &tile.parts[word / 8][row][(word % 8 ^ row % 8) * 8];
 }
 
 // By one thread: rows `row` and on of a head to a tile, as bytes that `barrier` counts.
@@ -142,64 +162,64 @@ __device__ __forceinline__ void multiply(Gradient<HEAD_DIM>& gradient, const Ope
   wgmma_commit();
 }
 
-// p from raw products: rounded to `rounded`, and with softcap's slope left in s. KEYS: the staying rows are
-// keys, the moving ones queries; else the reverse. first_key: of the tile. A hidden p is 0, even if what it
-// comes from is NaN.
-template <bool KEYS, bool MASKED, bool SOFTCAP, typename T>
+// p from finished scores, and rounded. KEYS: the staying rows are keys, the moving ones queries; else the
+// reverse. first_key: of the tile. A hidden p is 0, even if what it comes from is NaN.
+template <bool KEYS, bool MASKED, typename T>
 __device__ __forceinline__ void exponentiate(Products& s, Operand& rounded, const Queries& queries,
                                              int first_key, const Scores& scores) {
 #pragma unroll
-  for (int i = 0; i < ROWS / 2; i += 2) {
-    float p[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int row = row_of(i + j), column = column_of(i + j), query = KEYS ? column : row;
-      float x = s[i + j], slope = 1.0f;
-      if constexpr (SOFTCAP) {
-        const float t = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x * scores.inner));
-        x = scores.outer * t;
-        slope = 1.0f - t * t;
-      }
-      p[j] = exp2_approx(fmaf(x, scores.c, queries.minus_lse[query]));
-      if constexpr (MASKED) {
-        const int2 bounds = queries.bounds[query];
-        const int key = first_key + (KEYS ? row : column);
-        if (key < bounds.x || key >= bounds.y) p[j] = 0.0f;
-      }
-      s[i + j] = SOFTCAP ? p[j] * slope : p[j];
+  for (int i = 0; i < ROWS / 2; ++i) {
+    const int row = row_of(i), column = column_of(i), query = KEYS ? column : row;
+    s[i] = exp2_approx(fmaf(s[i], scores.c, queries.minus_lse[query]));
+    if constexpr (MASKED) {
+      const int2 bounds = queries.bounds[query];
+      const int key = first_key + (KEYS ? row : column);
+      if (key < bounds.x || key >= bounds.y) s[i] = 0.0f;
     }
-    rounded[i / 8][i / 2 % 4] = pack<T>(p[0], p[1]);
   }
+#pragma unroll
+  for (int i = 0; i < ROWS / 4; ++i) rounded[i / 4][i % 4] = pack<T>(s[2 * i], s[2 * i + 1]);
 }
 
+// The same from raw products.
 template <bool KEYS, typename T>
 __device__ __forceinline__ void exponentiate(Products& s, Operand& rounded, const Queries& queries,
                                              int first_key, const Scores& scores, Seen seen) {
-  if (scores.outer > 0.0f)  // rare enough to mask always
-    exponentiate<KEYS, true, true, T>(s, rounded, queries, first_key, scores);
-  else if (seen == Seen::SOME)
-    exponentiate<KEYS, true, false, T>(s, rounded, queries, first_key, scores);
+  if (scores.outer > 0.0f) {
+#pragma unroll
+    for (float& x : s)
+      x = fmaf(-2.0f * scores.outer, reciprocal_approx(1.0f + exp2_approx(x * scores.inner)), scores.outer);
+  }
+  if (seen == Seen::SOME)
+    exponentiate<KEYS, true, T>(s, rounded, queries, first_key, scores);
   else
-    exponentiate<KEYS, false, false, T>(s, rounded, queries, first_key, scores);
+    exponentiate<KEYS, false, T>(s, rounded, queries, first_key, scores);
 }
 
-// ds = p (dp - delta), rounded; p comes with softcap's slope.
+// ds = p (dp - delta), times softcap's slope, rounded.
 template <bool KEYS, typename T>
 __device__ __forceinline__ void differentiate(const Products& p, Products& dp, Operand& rounded,
                                               const Queries& queries, const Scores& scores, Seen seen) {
 #pragma unroll
   for (int i = 0; i < ROWS / 2; ++i) dp[i] -= queries.delta[KEYS ? column_of(i) : row_of(i)];
-  if (seen == Seen::SOME) {
+  if (scores.outer > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; ++i) {
+      const float x = log2_approx(p[i]) - queries.minus_lse[KEYS ? column_of(i) : row_of(i)];
+      dp[i] *= fmaf(-x * scores.slope, x, 1.0f);
+    }
+  }
+  if (seen == Seen::SOME || scores.outer > 0.0f) {
 #pragma unroll
     for (int i = 0; i < ROWS / 2; ++i)
       if (p[i] == 0.0f) dp[i] = 0.0f;  // it may be NaN
   }
 #pragma unroll
-  for (int i = 0; i < ROWS / 2; i += 2) {
-    float ds[2] = {p[i] * dp[i], p[i + 1] * dp[i + 1]};
+  for (int i = 0; i < ROWS / 4; ++i) {
+    float ds[2] = {p[2 * i] * dp[2 * i], p[2 * i + 1] * dp[2 * i + 1]};
     // float16 gets ds times softmax_scale, so that it overflows no sooner than dq and dk do.
     if constexpr (std::is_same_v<T, __half>) ds[0] *= scores.softmax_scale, ds[1] *= scores.softmax_scale;
-    rounded[i / 8][i / 2 % 4] = pack<T>(ds[0], ds[1]);
+    rounded[i / 4][i % 4] = pack<T>(ds[0], ds[1]);
   }
 }
 
@@ -214,19 +234,18 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void store_gradient(const Gradient<HEAD_DIM>& gradient, float factor,
                                                Tile<T, HEAD_DIM>& tile, const CUtensorMap& map, int row, int h,
                                                int b) {
-  const int lane = threadIdx.x % 32, group = threadIdx.x / WARPGROUP;
+  const int lane = threadIdx.x % 32;
   const int local = threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int d = 0; d < HEAD_DIM; d += 16) {
-    const int word = (d % COLUMNS / 8 + lane / 16) ^ (local % 8);
-    uint32_t x[4];
+  for (int d = 0; d < tile.PARTS * COLUMNS; d += 16) {  // TMA reads what is beyond the head, too
+    uint32_t x[4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4 && d < HEAD_DIM; ++i)
       x[i] = pack<T>(gradient[d / 2 + 2 * i] * factor, gradient[d / 2 + 2 * i + 1] * factor);
-    store_matrices(shared_address(&tile.parts[d / COLUMNS][local][word * 8]), x);
+    store_matrices(shared_address(swizzled(tile, local, d / 8 + lane / 16)), x);
   }
   fence_async_proxy();
-  named_barrier_sync(group, WARPGROUP);
+  sync_warpgroup();
   if (threadIdx.x % WARPGROUP == 0) {
 #pragma unroll
     for (int part = 0; part < tile.PARTS; ++part)

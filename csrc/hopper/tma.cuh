@@ -46,6 +46,15 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, const void* so
       : "memory");
 }
 
+// "cp.reduce.async.bulk": adds float32 numbers in shared memory to those at `target`, as part of the next
+// group. Both start at multiples of 16 bytes, and so many there are.
+__device__ __forceinline__ void bulk_add(float* target, const void* source, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(
+                   __cvta_generic_to_global(target)),
+               "r"(shared_address(source)), "r"(bytes)
+               : "memory");
+}
+
 // "cp.async.bulk.commit_group": closes this thread's group of stores.
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");

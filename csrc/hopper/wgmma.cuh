@@ -67,7 +67,7 @@ __device__ __forceinline__ void pin(X (&x)[COUNT]) {
   }
 }
 
-// How B lies in shared memory.
+// How an operand lies in shared memory.
 enum class Major { K, MN };
 
 // In the text of an instruction, registers "%10, ..., %19" are D10(1); as operands they are F10(10).
@@ -82,7 +82,7 @@ enum class Major { K, MN };
 #define F60 F30, F10(30), F10(40), F10(50)
 #define F90 F60, F10(60), F10(70), F10(80)
 
-// "wgmma.mma_async": d = a b, or d += a b if `add`, in float32. A is a descriptor, K-major, or a fragment.
+// "wgmma.mma_async": d = a b, or d += a b if `add`, in float32. A is a descriptor or a fragment.
 #define MMKERNELS_WGMMA_TEXT(N, TYPE, D, A, B, ADD, REST)                                                    \
   "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                                                                \
   ", 0;\n"                                                                                                   \
@@ -91,16 +91,16 @@ enum class Major { K, MN };
 
 // P0 to P6: the places of the operands after d.
 #define MMKERNELS_WGMMA(N, D, P0, P1, P2, P3, P4, P5, P6, ...)                                             \
-  template <typename T, Major B>                                                                           \
+  template <typename T, Major B, Major A = Major::K>                                                       \
   __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {             \
     if constexpr (std::is_same_v<T, __half>)                                                               \
-      asm volatile(MMKERNELS_WGMMA_TEXT(N, "f16", D, P0, P1, P2, "0, " P3)                                 \
+      asm volatile(MMKERNELS_WGMMA_TEXT(N, "f16", D, P0, P1, P2, P3 ", " P4)                               \
                    : __VA_ARGS__                                                                           \
-                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(B)));                                          \
+                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(A)), "n"(int(B)));                             \
     else                                                                                                   \
-      asm volatile(MMKERNELS_WGMMA_TEXT(N, "bf16", D, P0, P1, P2, "0, " P3)                                \
+      asm volatile(MMKERNELS_WGMMA_TEXT(N, "bf16", D, P0, P1, P2, P3 ", " P4)                              \
                    : __VA_ARGS__                                                                           \
-                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(B)));                                          \
+                   : "l"(a), "l"(b), "r"(int(add)), "n"(int(A)), "n"(int(B)));                             \
   }                                                                                                        \
   template <typename T, Major B>                                                                           \
   __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add) { \

@@ -23,6 +23,7 @@ class AttentionBackward(ctypes.Structure):
 
     _fields_ = (
         *_fields(ctypes.c_void_p, "q k v dout lse delta start end row_start row_end dq dk dv"),
+        *_fields(ctypes.c_void_p, "dq_sum redo"),
         *_fields(ctypes.c_int64, "stride_qb stride_qs stride_qh stride_kb stride_ks stride_kh"),
         *_fields(ctypes.c_int64, "stride_vb stride_vs stride_vh"),
         *_fields(ctypes.c_int64, "stride_doutb stride_douts stride_douth"),
@@ -110,6 +111,7 @@ def attention_backward(
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     *,
+    deterministic: bool = True,
     arch: str = "sm_80",
     seed: int = 0,
 ) -> tuple[list[Tensor], list[Any]]:
@@ -125,6 +127,7 @@ def attention_backward(
         bounds: start and end (1 or B, Sq), and maybe row_start and row_end (1 or B, Sk).
         softmax_scale: None: 1 / sqrt(D).
         softcap: 0: none.
+        deterministic: False: the Hopper kernels may sum dq in any order.
         arch: what nvcc compiles for.
         seed: another one lets warps take turns in another order.
     """
@@ -133,6 +136,10 @@ def attention_backward(
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta}
     tensors |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
     tensors |= dict(zip(("start", "end", "row_start", "row_end"), bounds, strict=False))
+    if not deterministic:
+        tiles = (batch, heads, -(-seqlen_q // 128))
+        tensors["dq_sum"] = on_device(torch.zeros(*tiles, 128 * cuda_harness.WIDTHS[head_dim]))
+        tensors["redo"] = on_device(torch.full(tiles, -1, dtype=torch.int32))
     p = AttentionBackward(
         batch=batch, seqlen_q=seqlen_q, seqlen_k=k.shape[1], heads=heads, kv_heads=k.shape[2],
         head_dim=head_dim, softcap=softcap,
