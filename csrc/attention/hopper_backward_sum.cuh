@@ -19,14 +19,17 @@ struct SumShared {
   Fragments<HEAD_DIM> dq[GROUPS];
 };
 
-// Tiles of queries of a head, as many for each warpgroup.
-__device__ __forceinline__ int sum_tiles(const AttentionBackward& p) {
-  return (p.seqlen_q + GROUPS * ROWS - 1) / (GROUPS * ROWS) * GROUPS;
+// The sum of the tile of queries from m0 on of a head; a head has as many for each warpgroup.
+template <int HEAD_DIM>
+__device__ __forceinline__ Fragments<HEAD_DIM>& sum_of(const AttentionBackward& p, int head, int m0) {
+  const int tiles = (p.seqlen_q + GROUPS * ROWS - 1) / (GROUPS * ROWS) * GROUPS;
+  auto* sums = reinterpret_cast<Fragments<HEAD_DIM>*>(p.dq_sum);
+  return sums[int64_t(head) * tiles + m0 / ROWS];
 }
 
 // By a consumer warpgroup: its ds^T to shared memory.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void share_ds(SumShared<T, HEAD_DIM>& shared, const Operand& ds, uint32_t turn,
+__device__ __forceinline__ void share_ds(SumShared<T, HEAD_DIM>& shared, const Operand& ds, int turn,
                                          int group) {
   const int lane = threadIdx.x % 32, key = threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
 #pragma unroll
@@ -50,7 +53,7 @@ __device__ __forceinline__ void multiply_ds(Gradient<HEAD_DIM>& dq, const Tile<T
 // By all consumers, in every turn: the warpgroup whose turn it is adds dq = ds k to `sum`.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void take_turn(SumShared<T, HEAD_DIM>& shared, const Tile<T, HEAD_DIM> (&k)[GROUPS],
-                                          float* sum, uint32_t turn, int group) {
+                                          Fragments<HEAD_DIM>& sum, int turn, int group) {
   if (group != turn) return named_barrier_arrive(TURN_BARRIER + turn, CONSUMERS);
   named_barrier_sync(TURN_BARRIER + turn, CONSUMERS);
   Gradient<HEAD_DIM> dq;
@@ -69,7 +72,7 @@ __device__ __forceinline__ void take_turn(SumShared<T, HEAD_DIM>& shared, const 
   fence_async_proxy();
   sync_warpgroup();
   if (thread == 0) {
-    bulk_add(sum, shared.dq[group], sizeof(shared.dq[group]));
+    bulk_add(&sum[0][0].x, shared.dq[group], sizeof(shared.dq[group]));
     tma_store_commit();
   }
 }
@@ -86,8 +89,7 @@ __global__ void __launch_bounds__(CONSUMERS, 1)
   const int group = threadIdx.x / WARPGROUP;
   const int head = blockIdx.x / tiles, m0 = (blockIdx.x % tiles * GROUPS + group) * ROWS;
   const int b = head / p.heads, h = head % p.heads;
-  const auto* sums = reinterpret_cast<const Fragments<HEAD_DIM>*>(p.dq_sum);
-  const auto& sum = sums[int64_t(blockIdx.x) * GROUPS + group];
+  const Fragments<HEAD_DIM>& sum = sum_of<HEAD_DIM>(p, head, m0);
   const float factor = rest_of_scale<T>(scores);
   Gradient<HEAD_DIM> dq;
   bool bad = false;

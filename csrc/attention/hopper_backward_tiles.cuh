@@ -19,7 +19,7 @@ constexpr int ROWS = 64;     // of a tile
 constexpr int COLUMNS = 64;  // of a part of a tile: 128 bytes
 constexpr int GROUPS = 2;    // consumer warpgroups
 constexpr int CONSUMERS = GROUPS * WARPGROUP;
-constexpr int THREADS = WARPGROUP + CONSUMERS;  // the first warpgroup's first warp sends for the tiles
+constexpr int THREADS = WARPGROUP + CONSUMERS;  // the first warpgroup sends for what they need
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 // Named barriers; 0 is __syncthreads.
@@ -75,7 +75,7 @@ struct Queries {
 };
 
 // How much of a tile of scores the mask leaves.
-enum class Seen : int { NOTHING, SOME, ALL, END /* no more tiles */ };
+enum class Seen { NOTHING, SOME, ALL };
 
 struct Query {
   float minus_lse, delta;
