@@ -17,8 +17,10 @@ struct KeyRange {
     full_hi = min(full_hi, other.full_hi);
   }
 
+  // Tiles from lo to a key.
+  __device__ __forceinline__ int tiles(int key) const { return max(key - lo + ROWS - 1, 0) / ROWS; }
+
   __device__ __forceinline__ Seen seen(int n0) const {
-    if (n0 >= hi || n0 + ROWS <= lo) return Seen::NOTHING;
     return n0 >= full_lo && n0 + ROWS <= full_hi ? Seen::ALL : Seen::SOME;
   }
 };
@@ -95,32 +97,52 @@ __device__ __forceinline__ bool walk_again(bool found) {
   return named_barrier_any(VOTE_BARRIER, 32 + CONSUMERS, found);
 }
 
-// A consumer warpgroup: dq = ds k of its tile of queries. CLEAN: what is not finite in k counts as 0 there.
+// Lets pass `count` tiles of keys, which none of a warpgroup's queries sees.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void pass_over(QueriesShared<T, HEAD_DIM>& shared, Ring<QUERIES_STAGES>& ring,
+                                          int count) {
+  for (; count > 0; --count, ring.advance()) {
+    barrier_wait(shared.full[ring.stage], ring.parity);
+    release(shared.empty[ring.stage]);
+  }
+}
+
+// A consumer warpgroup: dq = ds k of its tile of queries. The product of a tile of keys begins behind those of
+// the next scores, and runs under their softmax. CLEAN: what is not finite in k counts as 0.
 template <bool CLEAN, typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShared<T, HEAD_DIM>& shared,
-                                             Ring<QUERIES_STAGES>& ring, const Scores& scores, const KeyRange& all,
-                                             const KeyRange& range, int group) {
-  const Queries& queries = shared.queries[group];
+                                             Ring<QUERIES_STAGES>& ring, const Scores& scores,
+                                             const KeyRange& all, const KeyRange& range, int group) {
 #pragma unroll
   for (float& x : dq) x = 0.0f;
+  const int count = all.tiles(all.hi), first = CLEAN ? 0 : (range.lo - all.lo) / ROWS;
+  const int last = CLEAN ? count : all.tiles(range.hi);
+  if (first >= last) return pass_over(shared, ring, count);
+  pass_over(shared, ring, first);
+  const Queries& queries = shared.queries[group];
+  Products s, dp;
   Operand p, ds;
-  for (int n0 = all.lo; n0 < all.hi; n0 += ROWS, ring.advance()) {
-    const int i = ring.stage;
+  int before = 0;  // stage of the tile before this one
+  for (int j = first; j < last; ++j, ring.advance()) {
+    const int i = ring.stage, n0 = all.lo + j * ROWS;
     barrier_wait(shared.full[i], ring.parity);
-    const Seen seen = CLEAN ? Seen::SOME : range.seen(n0);
-    if (seen == Seen::NOTHING) {
-      release(shared.empty[i]);
-      continue;
-    }
-    Products s, dp;
     wgmma_fence();
     multiply_transposed(s, shared.q[group], shared.k[i]);
     multiply_transposed(dp, shared.dout[group], shared.v[i]);
-    wgmma_wait<1>();
+    if (j > first) {
+      wgmma_fence();
+      multiply(dq, ds, shared.k[before]);
+      wgmma_wait<2>();
+    } else {
+      wgmma_wait<1>();
+    }
     pin(s);
+    const Seen seen = CLEAN ? Seen::SOME : range.seen(n0);
     exponentiate<false, T>(s, p, queries, n0, scores, seen);
     wgmma_wait<0>();
     pin(dp);
+    if (j > first) release(shared.empty[before]);
+    before = i;
     differentiate<false, T>(s, dp, ds, queries, scores, seen);
     if constexpr (CLEAN) {
       named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);  // both have s
@@ -128,12 +150,13 @@ __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShar
       fence_async_proxy();
       named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);
     }
-    wgmma_fence();
-    multiply(dq, ds, shared.k[i]);
-    wgmma_wait<0>();
-    release(shared.empty[i]);
   }
+  wgmma_fence();
+  multiply(dq, ds, shared.k[before]);
+  wgmma_wait<0>();
   pin(dq);
+  release(shared.empty[before]);
+  pass_over(shared, ring, count - last);
 }
 
 template <typename T, int HEAD_DIM>
