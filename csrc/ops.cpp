@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(mmkernels_cuda, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, "
       "Tensor? start, Tensor? end, Tensor? row_start, Tensor? row_end, Tensor(a!) dq, Tensor(b!) dk, "
-      "Tensor(c!) dv, float softmax_scale, float softcap) -> ()");
+      "Tensor(c!) dv, float softmax_scale, float softcap, Tensor(d!)? dq_sum=None, Tensor(e!)? redo=None) "
+      "-> ()");
   m.def("patch_embed_forward_built(int patch, bool bfloat16) -> bool");
   m.def("patch_embed_weight_built(int patch, bool bfloat16) -> bool");
   m.def(

@@ -27,7 +27,8 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
                         const Tensor& lse, const Tensor& delta, const std::optional<Tensor>& start,
                         const std::optional<Tensor>& end, const std::optional<Tensor>& row_start,
                         const std::optional<Tensor>& row_end, const Tensor& dq, const Tensor& dk,
-                        const Tensor& dv, double softmax_scale, double softcap);
+                        const Tensor& dv, double softmax_scale, double softcap,
+                        const std::optional<Tensor>& dq_sum, const std::optional<Tensor>& redo);
 
 // Does this build hold kernels for square patches of this size and the weight's dtype?
 bool patch_embed_forward_built(int64_t patch, bool bfloat16);

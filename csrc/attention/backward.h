@@ -13,6 +13,8 @@
 
 namespace mmkernels {
 
+constexpr int SUM_ROWS = 128;
+
 // dq, dk and dv from delta and the forward pass's lse.
 struct AttentionBackward {
   const void* q;
@@ -28,8 +30,9 @@ struct AttentionBackward {
   void* dq;
   void* dk;
   void* dv;
-  // Of a Hopper kernel that may sum dq in any order, else null. dq_sum: zeros, 128 rows of the padded head dim
-  // for each tile of 128 queries; redo: one element for each such tile, (B, Hq, ceil(Sq / 128)).
+  // For a Hopper kernel that may sum dq in any order, else null: zeros
+  // (B, Hq, ceil(Sq / SUM_ROWS), SUM_ROWS x padded head dim), and (B, Hq, ceil(Sq / SUM_ROWS)) for tiles of
+  // queries whose sums a NaN or Inf in a key may have reached that they must not see.
   float* dq_sum;
   int32_t* redo;
   // In elements.

@@ -1,28 +1,40 @@
 // Attention's backward pass as ops: they check their tensors, fill the kernels' parameters and launch them.
 #include <climits>
 
-#include "backward.h"
 #include "check.h"
+#include "hopper_backward.h"
 #include "ops.h"
 
 namespace mmkernels {
 namespace {
 
-// Null if this build has no such instance.
-AttentionBackwardLauncher* attention_backward_launcher(int64_t head_dim, bool bfloat16) {
+// The portable and the Hopper kernels of a head dim and dtype; null if this build has none.
+struct Launchers {
+  AttentionBackwardLauncher* portable;
+  AttentionBackwardLauncher* hopper;
+};
+
+Launchers launchers(int64_t head_dim, bool bfloat16) {
+#define MMKERNELS_CASE(D)                                                                 \
+  return bfloat16 ? Launchers{mmkernels_attention_backward_##D##_bf16,                    \
+                              mmkernels_attention_backward_sm90_##D##_bf16}               \
+                  : Launchers {                                                           \
+    mmkernels_attention_backward_##D##_fp16, mmkernels_attention_backward_sm90_##D##_fp16 \
+  }
   switch (head_dim) {
     case 64:
-      return bfloat16 ? mmkernels_attention_backward_64_bf16 : mmkernels_attention_backward_64_fp16;
+      MMKERNELS_CASE(64);
     case 72:
     case 80:
-      return bfloat16 ? mmkernels_attention_backward_80_bf16 : mmkernels_attention_backward_80_fp16;
+      MMKERNELS_CASE(80);
     case 96:
-      return bfloat16 ? mmkernels_attention_backward_96_bf16 : mmkernels_attention_backward_96_fp16;
+      MMKERNELS_CASE(96);
     case 128:
-      return bfloat16 ? mmkernels_attention_backward_128_bf16 : mmkernels_attention_backward_128_fp16;
+      MMKERNELS_CASE(128);
     default:
-      return nullptr;
+      return {nullptr, nullptr};
   }
+#undef MMKERNELS_CASE
 }
 
 AttentionDeltaLauncher* attention_delta_launcher(bool bfloat16) {
@@ -51,8 +63,7 @@ const int32_t* bound(const char* name, const std::optional<Tensor>& x, int32_t d
 }  // namespace
 
 bool attention_backward_built(int64_t head_dim, bool bfloat16) {
-  return attention_backward_launcher(head_dim, bfloat16) != nullptr &&
-         attention_delta_launcher(bfloat16) != nullptr;
+  return launchers(head_dim, bfloat16).portable != nullptr && attention_delta_launcher(bfloat16) != nullptr;
 }
 
 void attention_delta(const Tensor& dout, const Tensor& out, const std::optional<Tensor>& dlse,
@@ -100,7 +111,8 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
                         const Tensor& lse, const Tensor& delta, const std::optional<Tensor>& start,
                         const std::optional<Tensor>& end, const std::optional<Tensor>& row_start,
                         const std::optional<Tensor>& row_end, const Tensor& dq, const Tensor& dk,
-                        const Tensor& dv, double softmax_scale, double softcap) {
+                        const Tensor& dv, double softmax_scale, double softcap,
+                        const std::optional<Tensor>& dq_sum, const std::optional<Tensor>& redo) {
   const int32_t device = q.get_device_index();
   const ScalarType dtype = q.scalar_type();
   check_dtype("q", q);
@@ -148,10 +160,24 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
   p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
 
-  AttentionBackwardLauncher* launch = attention_backward_launcher(head_dim, dtype == ScalarType::BFloat16);
-  STD_TORCH_CHECK(launch != nullptr, "this build has no kernel for a head dim of ", head_dim);
+  const Launchers launch = launchers(head_dim, dtype == ScalarType::BFloat16);
+  STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for a head dim of ", head_dim);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_launch(launch(&p, current_stream(device)));
+  const cudaStream_t stream = current_stream(device);
+  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 && q.numel() > 0 &&
+                      k.numel() > 0 && boxable(dout) && boxable(q) && boxable(k) && boxable(v);
+  if (hopper && dq_sum.has_value()) {
+    STD_TORCH_CHECK(redo.has_value(), "dq_sum and redo go together");
+    const int64_t tiles = (seqlen_q + SUM_ROWS - 1) / SUM_ROWS, padded = head_dim == 72 ? 80 : head_dim;
+    check_kind("dq_sum", *dq_sum, device, ScalarType::Float);
+    check_sizes("dq_sum", *dq_sum, {batch, heads, tiles, SUM_ROWS * padded});
+    check_kind("redo", *redo, device, ScalarType::Int);
+    check_sizes("redo", *redo, {batch, heads, tiles});
+    STD_TORCH_CHECK(dq_sum->is_contiguous() && redo->is_contiguous(), "dq_sum and redo must be contiguous");
+    p.dq_sum = static_cast<float*>(dq_sum->data_ptr());
+    p.redo = static_cast<int32_t*>(redo->data_ptr());
+  }
+  check_launch((hopper ? launch.hopper : launch.portable)(&p, stream));
 }
 
 }  // namespace mmkernels

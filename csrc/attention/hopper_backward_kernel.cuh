@@ -1,4 +1,25 @@
 // Attention's backward pass on wgmma and TMA, compute capability 9.0: the mathematics of backward_kernel.cuh.
+//
+// A block has two consumer warpgroups, each with a tile of 64 rows that stays in shared memory, and walks the
+// tiles of 64 rows that move: warps of a third warpgroup send for them through a ring of shared memory. In
+// the keys kernel keys stay and queries move, in the queries kernel the reverse; products of the scores are
+// in shared memory, and their result is a left operand of the next products as it lies in registers:
+//
+//   keys      s^T = k q^T,  dp^T = v dout^T,  dv += p^T dout,  dk += ds^T q
+//   queries   s = q k^T,    dp = dout v^T,    dq += ds k
+//
+// The right operands of the latter are the same tiles, read with rows and columns exchanged. dp is multiplied
+// under the exponentials of s, dv under the differences of ds, dq under the next tile's; for all else the one
+// warpgroup multiplies while the other does not. A tile that is hidden from a warpgroup's rows is passed over
+// by it, and only tiles that are hidden in part are masked.
+//
+// A NaN or Inf in a key is multiplied by the 0 of a row that may not see it in ds k only. It shows in dq,
+// which is looked at once; the block then walks its keys again, without such keys in that product.
+//
+// Where p.dq_sum is given the keys kernel makes dq, too (hopper_backward_sum.cuh), five products for seven;
+// the queries kernel is left with tiles that such a key may have reached.
+//
+// Source: Shah et al., "FlashAttention-3", NeurIPS 2024, for scores transposed and sums by TMA.
 #pragma once
 
 #include <algorithm>
@@ -30,9 +51,9 @@ cudaError_t make_maps(BackwardMaps& maps, const AttentionBackward& p) {
       {maps.dv, p.dv, p.seqlen_k, p.kv_heads, k_row, d, k_batch},
   };
   for (const Tensor& x : tensors) {
-    const cudaError_t error = make_tensor_map<4>(
-        x.map, x.data, std::is_same_v<T, __nv_bfloat16>, {d, x.length, x.heads, p.batch},
-        {x.stride_s, x.stride_h, x.stride_b}, {COLUMNS, ROWS, 1, 1});
+    const cudaError_t error =
+        make_tensor_map<4>(x.map, x.data, std::is_same_v<T, __nv_bfloat16>, {d, x.length, x.heads, p.batch},
+                           {x.stride_s, x.stride_h, x.stride_b}, {COLUMNS, ROWS, 1, 1});
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -127,9 +127,10 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM, SUM>& share
 
 // A consumer warpgroup: dk and dv of its tile of keys, from n0 on.
 template <typename T, int HEAD_DIM, bool SUM>
-__device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM, SUM>& shared, const AttentionBackward& p,
-                                                const BackwardMaps& maps, const Scores& scores, int steps,
-                                                int b, int kv_h, int n0, int group) {
+__device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM, SUM>& shared,
+                                                const AttentionBackward& p, const BackwardMaps& maps,
+                                                const Scores& scores, int steps, int b, int kv_h, int n0,
+                                                int group) {
   Gradient<HEAD_DIM> dk, dv;
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i) dk[i] = dv[i] = 0.0f;
@@ -162,8 +163,7 @@ __device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM, SUM>& sh
     }
     const int2 place = shared.place[i];
     release(shared.empty[i]);
-    if constexpr (SUM)
-      take_turn(shared.sum, shared.k, sum_of<HEAD_DIM>(p, place.x, place.y), turn, group);
+    if constexpr (SUM) take_turn(shared.sum, shared.k, sum_of<HEAD_DIM>(p, place.x, place.y), turn, group);
   }
   if constexpr (SUM) named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);  // nobody reads k any longer
   pin(dk);
@@ -181,9 +181,13 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<KeysShared<T, HEAD_DIM, SUM>*>(memory);
   if (threadIdx.x == 0) {
+    prefetch_descriptor(maps.q);
+    prefetch_descriptor(maps.k);
+    prefetch_descriptor(maps.v);
+    prefetch_descriptor(maps.dout);
     barrier_init(shared.keys_full, 1);
     for (int i = 0; i < shared.STAGES; ++i) {
-      barrier_init(shared.full[i], 1 + ROWS / 32);  // who sends for tiles, and the warps of who loads the rest
+      barrier_init(shared.full[i], 1 + ROWS / 32);  // load_tiles, and the warps of load_queries
       barrier_init(shared.empty[i], CONSUMERS / 32);
     }
     fence_barrier_init();

@@ -7,10 +7,10 @@
 namespace mmkernels::hopper {
 
 // The keys that some of a tile's queries see, [lo, hi), and that all of them but those without a key see.
-struct KeyRange {
+struct KeySpan {
   int lo = INT_MAX, hi = 0, full_lo = 0, full_hi = INT_MAX;
 
-  __device__ __forceinline__ void add(const KeyRange& other) {
+  __device__ __forceinline__ void add(const KeySpan& other) {
     lo = min(lo, other.lo);
     hi = max(hi, other.hi);
     full_lo = max(full_lo, other.full_lo);
@@ -34,7 +34,7 @@ struct QueriesShared {
   Tile<T, HEAD_DIM> k[QUERIES_STAGES];
   Tile<T, HEAD_DIM> v[QUERIES_STAGES];
   Queries queries[GROUPS];
-  KeyRange ranges[GROUPS * ROWS / 32];  // of 32 queries each
+  KeySpan ranges[GROUPS * ROWS / 32];  // of 32 queries each
   // Full: TMA has written. Empty: all consumer warps have read.
   uint64_t queries_full, full[QUERIES_STAGES], empty[QUERIES_STAGES];
 };
@@ -46,7 +46,7 @@ __device__ __forceinline__ void load_queries(QueriesShared<T, HEAD_DIM>& shared,
   const int row = threadIdx.x;
   const Query query(p, b, h, m0 + row);
   query.store(shared.queries[row / ROWS], row % ROWS);
-  KeyRange range;
+  KeySpan range;
   if (!query.empty()) range = {query.bounds.x, query.bounds.y, query.bounds.x, query.bounds.y};
   range.lo = __reduce_min_sync(~0u, range.lo);
   range.hi = __reduce_max_sync(~0u, range.hi);
@@ -58,7 +58,8 @@ __device__ __forceinline__ void load_queries(QueriesShared<T, HEAD_DIM>& shared,
 // Tile after tile of keys.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void produce_keys(QueriesShared<T, HEAD_DIM>& shared, Ring<QUERIES_STAGES>& ring,
-                                             const BackwardMaps& maps, const KeyRange& range, int b, int kv_h) {
+                                             const BackwardMaps& maps, const KeySpan& range, int b,
+                                             int kv_h) {
   for (int n0 = range.lo; n0 < range.hi; n0 += ROWS, ring.advance()) {
     const int i = ring.stage;
     barrier_wait(shared.empty[i], ring.parity ^ 1);
@@ -107,12 +108,12 @@ __device__ __forceinline__ void pass_over(QueriesShared<T, HEAD_DIM>& shared, Ri
   }
 }
 
-// A consumer warpgroup: dq = ds k of its tile of queries. The product of a tile of keys begins behind those of
-// the next scores, and runs under their softmax. CLEAN: what is not finite in k counts as 0.
+// A consumer warpgroup: dq = ds k of its tile of queries. The product of a tile of keys begins behind those
+// of the next scores, and runs under their softmax. CLEAN: what is not finite in k counts as 0.
 template <bool CLEAN, typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShared<T, HEAD_DIM>& shared,
                                              Ring<QUERIES_STAGES>& ring, const Scores& scores,
-                                             const KeyRange& all, const KeyRange& range, int group) {
+                                             const KeySpan& all, const KeySpan& range, int group) {
 #pragma unroll
   for (float& x : dq) x = 0.0f;
   const int count = all.tiles(all.hi), first = CLEAN ? 0 : (range.lo - all.lo) / ROWS;
@@ -171,6 +172,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (p.redo != nullptr && !p.redo[head * tiles + tile]) return;
   const int b = head / p.heads, h = head % p.heads, kv_h = h / (p.heads / p.kv_heads);
   if (threadIdx.x == 0) {
+    prefetch_descriptor(maps.q);
+    prefetch_descriptor(maps.k);
+    prefetch_descriptor(maps.v);
+    prefetch_descriptor(maps.dout);
     barrier_init(shared.queries_full, 1);
     for (int i = 0; i < QUERIES_STAGES; ++i) {
       barrier_init(shared.full[i], 1);
@@ -180,9 +185,9 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   if (threadIdx.x < GROUPS * ROWS) load_queries(shared, p, b, h, m0);
   __syncthreads();
-  KeyRange all;
+  KeySpan all;
 #pragma unroll
-  for (const KeyRange& range : shared.ranges) all.add(range);
+  for (const KeySpan& range : shared.ranges) all.add(range);
 
   Ring<QUERIES_STAGES> ring;
   if (threadIdx.x < WARPGROUP) {
@@ -204,7 +209,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   take_registers<CONSUMER_REGISTERS>();
   const int group = threadIdx.x / WARPGROUP - 1;
-  KeyRange range;
+  KeySpan range;
 #pragma unroll
   for (int i = 0; i < ROWS / 32; ++i) range.add(shared.ranges[group * ROWS / 32 + i]);
   barrier_wait(shared.queries_full, 0);

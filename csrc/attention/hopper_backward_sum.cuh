@@ -1,7 +1,7 @@
 // dq where the order of its sums is free: the keys kernel has ds, and needs one product more instead of
 // computing scores anew. In turns a consumer warpgroup multiplies the block's ds, of all its keys, by k, and
-// has the product added to a sum in global memory, which keeps the order of fragments. A last kernel rounds the
-// sums.
+// has the product added to a sum in global memory, which keeps the order of fragments. A last kernel rounds
+// the sums.
 #pragma once
 
 #include "hopper_backward_tiles.cuh"
@@ -52,8 +52,9 @@ __device__ __forceinline__ void multiply_ds(Gradient<HEAD_DIM>& dq, const Tile<T
 
 // By all consumers, in every turn: the warpgroup whose turn it is adds dq = ds k to `sum`.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void take_turn(SumShared<T, HEAD_DIM>& shared, const Tile<T, HEAD_DIM> (&k)[GROUPS],
-                                          Fragments<HEAD_DIM>& sum, int turn, int group) {
+__device__ __forceinline__ void take_turn(SumShared<T, HEAD_DIM>& shared,
+                                          const Tile<T, HEAD_DIM> (&k)[GROUPS], Fragments<HEAD_DIM>& sum,
+                                          int turn, int group) {
   if (group != turn) return named_barrier_arrive(TURN_BARRIER + turn, CONSUMERS);
   named_barrier_sync(TURN_BARRIER + turn, CONSUMERS);
   Gradient<HEAD_DIM> dq;

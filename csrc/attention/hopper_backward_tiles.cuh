@@ -18,13 +18,14 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr int ROWS = 64;     // of a tile
 constexpr int COLUMNS = 64;  // of a part of a tile: 128 bytes
 constexpr int GROUPS = 2;    // consumer warpgroups
+static_assert(GROUPS * ROWS == SUM_ROWS);
 constexpr int CONSUMERS = GROUPS * WARPGROUP;
 constexpr int THREADS = WARPGROUP + CONSUMERS;  // the first warpgroup sends for what they need
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 
 // Named barriers; 0 is __syncthreads.
 enum Barrier {
-  WARPGROUP_BARRIER = 1,                             // and on: one for each warpgroup
+  WARPGROUP_BARRIER = 1,  // and on: one for each warpgroup
   CONSUMERS_BARRIER = WARPGROUP_BARRIER + 1 + GROUPS,
   VOTE_BARRIER,
   TURN_BARRIER,  // and the next one
@@ -50,7 +51,7 @@ struct BackwardMaps {
 
 // Numbers that turn raw products into exponents of 2, and their gradients into those of dq and dk.
 struct Scores {
-  float c;             // softmax_scale log2(e), or 1 with softcap
+  float c;  // softmax_scale log2(e), or 1 with softcap
   // With softcap x = outer tanh(s softmax_scale / softcap), which is outer - 2 outer / (1 + 2^(inner s)). The
   // slope of tanh there is 1 - slope x^2, and p = 2^(x - lse) gives x again.
   float inner, outer, slope;
@@ -232,8 +233,8 @@ __device__ __forceinline__ float rest_of_scale(const Scores& scores) {
 // factor * gradient to rows `row` and on of a head, through a tile that is this warpgroup's own.
 template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void store_gradient(const Gradient<HEAD_DIM>& gradient, float factor,
-                                               Tile<T, HEAD_DIM>& tile, const CUtensorMap& map, int row, int h,
-                                               int b) {
+                                               Tile<T, HEAD_DIM>& tile, const CUtensorMap& map, int row,
+                                               int h, int b) {
   const int lane = threadIdx.x % 32;
   const int local = threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
 #pragma unroll
@@ -248,8 +249,7 @@ __device__ __forceinline__ void store_gradient(const Gradient<HEAD_DIM>& gradien
   sync_warpgroup();
   if (threadIdx.x % WARPGROUP == 0) {
 #pragma unroll
-    for (int part = 0; part < tile.PARTS; ++part)
-      tma_store(map, tile.parts[part], part * COLUMNS, row, h, b);
+    for (int part = 0; part < tile.PARTS; ++part) tma_store(map, tile.parts[part], part * COLUMNS, row, h, b);
     tma_store_commit();
   }
 }

@@ -14,6 +14,9 @@ from mmkernels._core.registry import register
 from mmkernels.attention import cuda, triton_backend
 
 
+SUM_ROWS = 128  # of csrc/attention/backward.h
+
+
 @functools.cache
 def _built_why_not(dtype: torch.dtype, head_dim: int) -> str | None:
     if not torch.ops.mmkernels_cuda.attention_backward_built(head_dim, dtype == torch.bfloat16):
@@ -58,6 +61,21 @@ def _copyable(x: Tensor) -> Tensor:
     """x, or a copy of it whose rows can be copied 16 bytes at a time."""
     x = x.resolve_neg()
     return x if cuda.copyable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def is_hopper(device: int | None) -> bool:
+    """Has the GPU the compute capability for which the Hopper kernels are compiled?"""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _sums(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the Hopper kernels sum dq in whatever order, and mark tiles to make again."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    tiles = (batch, heads, -(-seqlen_q // SUM_ROWS))
+    padded = 80 if head_dim == 72 else head_dim
+    dq_sum = torch.zeros((*tiles, SUM_ROWS * padded), dtype=torch.float32, device=q.device)
+    return dq_sum, torch.empty(tiles, dtype=torch.int32, device=q.device)
 
 
 def backward(
@@ -114,6 +132,7 @@ def backward(
         dv,
         softmax_scale,
         softcap,
+        *(() if deterministic or not is_hopper(q.device.index) else _sums(q)),
     )
     return dq, dk, dv, absent, absent.clone()
 

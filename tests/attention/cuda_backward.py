@@ -199,11 +199,16 @@ def forward(x: Problem, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     return on_device(out.to(x.q.dtype)), on_device(lse.float())
 
 
-def run(x: Problem, *, dlse: bool = True, **options: Any) -> tuple[list[Tensor], list[Any]]:
+def run(
+    x: Problem, *, dlse: bool = True, deterministic: bool = True, **options: Any
+) -> tuple[list[Tensor], list[Any]]:
     """dq, dk, dv after the reference's forward pass, and the counters of the main kernels."""
     out, lse = forward(x)
     delta, _ = attention_delta(x.dout, out, lse, x.dlse if dlse else None, **options)
-    return attention_backward(x.dout, *x.qkv, lse, delta, x.bounds(), **dict(x.numbers), **options)
+    return attention_backward(
+        x.dout, *x.qkv, lse, delta, x.bounds(), **dict(x.numbers), deterministic=deterministic,
+        **options,
+    )  # fmt: skip
 
 
 def exact(x: Problem) -> tuple[list[Tensor], list[Tensor]]:
