@@ -34,9 +34,9 @@ struct QueriesShared {
   Tile<T, HEAD_DIM> k[QUERIES_STAGES];
   Tile<T, HEAD_DIM> v[QUERIES_STAGES];
   Queries queries[GROUPS];
-  KeySpan ranges[GROUPS * ROWS / 32];  // of 32 queries each
+  KeySpan spans[GROUPS * ROWS / 32];  // of 32 queries each
   // Full: TMA has written. Empty: all consumer warps have read.
-  uint64_t queries_full, full[QUERIES_STAGES], empty[QUERIES_STAGES];
+  uint64_t full[QUERIES_STAGES], empty[QUERIES_STAGES];
 };
 
 // By the first GROUPS * ROWS threads, one for each of the block's queries.
@@ -46,26 +46,33 @@ __device__ __forceinline__ void load_queries(QueriesShared<T, HEAD_DIM>& shared,
   const int row = threadIdx.x;
   const Query query(p, b, h, m0 + row);
   query.store(shared.queries[row / ROWS], row % ROWS);
-  KeySpan range;
-  if (!query.empty()) range = {query.bounds.x, query.bounds.y, query.bounds.x, query.bounds.y};
-  range.lo = __reduce_min_sync(~0u, range.lo);
-  range.hi = __reduce_max_sync(~0u, range.hi);
-  range.full_lo = __reduce_max_sync(~0u, range.full_lo);
-  range.full_hi = __reduce_min_sync(~0u, range.full_hi);
-  if (row % 32 == 0) shared.ranges[row / 32] = range;
+  KeySpan span;
+  if (!query.empty()) span = {query.bounds.x, query.bounds.y, query.bounds.x, query.bounds.y};
+  span.lo = __reduce_min_sync(~0u, span.lo);
+  span.hi = __reduce_max_sync(~0u, span.hi);
+  span.full_lo = __reduce_max_sync(~0u, span.full_lo);
+  span.full_hi = __reduce_min_sync(~0u, span.full_hi);
+  if (row % 32 == 0) shared.spans[row / 32] = span;
 }
 
-// Tile after tile of keys.
+// By one thread: tile after tile of keys, with the first of them the queries.
 template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void produce_keys(QueriesShared<T, HEAD_DIM>& shared, Ring<QUERIES_STAGES>& ring,
-                                             const BackwardMaps& maps, const KeySpan& range, int b,
-                                             int kv_h) {
-  for (int n0 = range.lo; n0 < range.hi; n0 += ROWS, ring.advance()) {
+__device__ __forceinline__ void load_tiles(QueriesShared<T, HEAD_DIM>& shared, Ring<QUERIES_STAGES>& ring,
+                                           const BackwardMaps& maps, const KeySpan& span, int b, int h,
+                                           int kv_h, int m0) {
+#pragma unroll 1
+  for (int n0 = span.lo; n0 < span.hi; n0 += ROWS, ring.advance()) {
     const int i = ring.stage;
+    const bool first = n0 == span.lo;
     barrier_wait(shared.empty[i], ring.parity ^ 1);
-    barrier_arrive_expect(shared.full[i], sizeof(shared.k[i]) + sizeof(shared.v[i]));
+    barrier_arrive_expect(shared.full[i], sizeof(shared.k[i]) + sizeof(shared.v[i]) +
+                                              (first ? sizeof(shared.q) + sizeof(shared.dout) : 0));
     load_tile(shared.k[i], maps.k, shared.full[i], n0, kv_h, b);
     load_tile(shared.v[i], maps.v, shared.full[i], n0, kv_h, b);
+    for (int group = 0; group < GROUPS && first; ++group) {
+      load_tile(shared.q[group], maps.q, shared.full[i], m0 + group * ROWS, h, b);
+      load_tile(shared.dout[group], maps.dout, shared.full[i], m0 + group * ROWS, h, b);
+    }
   }
 }
 
@@ -113,11 +120,11 @@ __device__ __forceinline__ void pass_over(QueriesShared<T, HEAD_DIM>& shared, Ri
 template <bool CLEAN, typename T, int HEAD_DIM>
 __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShared<T, HEAD_DIM>& shared,
                                              Ring<QUERIES_STAGES>& ring, const Scores& scores,
-                                             const KeySpan& all, const KeySpan& range, int group) {
+                                             const KeySpan& all, const KeySpan& own, int group) {
 #pragma unroll
   for (float& x : dq) x = 0.0f;
-  const int count = all.tiles(all.hi), first = CLEAN ? 0 : (range.lo - all.lo) / ROWS;
-  const int last = CLEAN ? count : all.tiles(range.hi);
+  const int count = all.tiles(all.hi), first = CLEAN ? 0 : (own.lo - all.lo) / ROWS;
+  const int last = CLEAN ? count : all.tiles(own.hi);
   if (first >= last) return pass_over(shared, ring, count);
   pass_over(shared, ring, first);
   const Queries& queries = shared.queries[group];
@@ -138,7 +145,7 @@ __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShar
       wgmma_wait<1>();
     }
     pin(s);
-    const Seen seen = CLEAN ? Seen::SOME : range.seen(n0);
+    const Seen seen = CLEAN ? Seen::SOME : own.seen(n0);
     exponentiate<false, T>(s, p, queries, n0, scores, seen);
     wgmma_wait<0>();
     pin(dp);
@@ -176,7 +183,6 @@ __global__ void __launch_bounds__(THREADS, 1)
     prefetch_descriptor(maps.k);
     prefetch_descriptor(maps.v);
     prefetch_descriptor(maps.dout);
-    barrier_init(shared.queries_full, 1);
     for (int i = 0; i < QUERIES_STAGES; ++i) {
       barrier_init(shared.full[i], 1);
       barrier_init(shared.empty[i], CONSUMERS / 32);
@@ -187,36 +193,27 @@ __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
   KeySpan all;
 #pragma unroll
-  for (const KeySpan& range : shared.ranges) all.add(range);
+  for (const KeySpan& span : shared.spans) all.add(span);
 
   Ring<QUERIES_STAGES> ring;
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x >= 32) return;
-    if (threadIdx.x == 0) {
-      barrier_arrive_expect(shared.queries_full, sizeof(shared.q) + sizeof(shared.dout));
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group) {
-        load_tile(shared.q[group], maps.q, shared.queries_full, m0 + group * ROWS, h, b);
-        load_tile(shared.dout[group], maps.dout, shared.queries_full, m0 + group * ROWS, h, b);
-      }
-      produce_keys(shared, ring, maps, all, b, kv_h);
-    }
+    if (threadIdx.x == 0) load_tiles(shared, ring, maps, all, b, h, kv_h, m0);
     __syncwarp();
     if (p.start != nullptr && walk_again(false) && threadIdx.x == 0)
-      produce_keys(shared, ring, maps, all, b, kv_h);
+      load_tiles(shared, ring, maps, all, b, h, kv_h, m0);
     return;
   }
   take_registers<CONSUMER_REGISTERS>();
   const int group = threadIdx.x / WARPGROUP - 1;
-  KeySpan range;
+  KeySpan own;
 #pragma unroll
-  for (int i = 0; i < ROWS / 32; ++i) range.add(shared.ranges[group * ROWS / 32 + i]);
-  barrier_wait(shared.queries_full, 0);
+  for (int i = 0; i < ROWS / 32; ++i) own.add(shared.spans[group * ROWS / 32 + i]);
   Gradient<HEAD_DIM> dq;
-  consume_keys<false>(dq, shared, ring, scores, all, range, group);
+  consume_keys<false>(dq, shared, ring, scores, all, own, group);
   if (p.start != nullptr && walk_again(not_finite(dq, shared.queries[group])))
-    consume_keys<true>(dq, shared, ring, scores, all, range, group);
+    consume_keys<true>(dq, shared, ring, scores, all, own, group);
   const float factor = rest_of_scale<T>(scores);
 #pragma unroll
   for (int i = 0; i < HEAD_DIM / 2; ++i)
