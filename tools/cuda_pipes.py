@@ -46,8 +46,13 @@ CASES = [
     for mask in ("full", "causal")
 ]
 CASES += [
-    Case("backward", "sm_80", head_dim, 1024, mask)
-    for head_dim in (64, 128)
+    Case(kernel, arch, head_dim, 1024, mask)
+    for kernel, arch, head_dims in (
+        ("backward", "sm_80", (64, 128)),
+        ("backward", "sm_90a", (64, 80, 96, 128)),
+        ("backward, any order", "sm_90a", (64, 128)),
+    )
+    for head_dim in head_dims
     for mask in ("full", "causal")
 ]
 
@@ -85,10 +90,21 @@ def _backward(case: Case) -> list[tuple[Any, int]]:
     return [(keys, 8 * case.head_dim * pairs), (queries, 2 * case.head_dim * pairs)]
 
 
+def _backward_in_any_order(case: Case) -> list[tuple[Any, int]]:
+    from tests.attention import cuda_backward
+
+    shape = (1, case.length, case.length, 1, 1)
+    problem = cuda_backward.problem(shape, case.head_dim, mask=bounds(case))
+    keys = cuda_backward.run(problem, arch=case.arch, deterministic=False)[1][0]
+    # What is left to the other kernels multiplies nothing.
+    return [(keys, 10 * case.head_dim * visible_pairs(case))]
+
+
 # Of a kernel: what the emulator counted of each launch, and the FLOPs asked of it.
 COUNTED: dict[str, Callable[[Case], list[tuple[Any, int]]]] = {
     "forward": _forward,
     "backward": _backward,
+    "backward, any order": _backward_in_any_order,
 }
 
 

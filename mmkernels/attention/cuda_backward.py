@@ -13,7 +13,6 @@ from torch import Tensor
 from mmkernels._core.registry import register
 from mmkernels.attention import cuda, triton_backend
 
-
 SUM_ROWS = 128  # of csrc/attention/backward.h
 
 

@@ -11,6 +11,7 @@ import torch
 
 import mmkernels as mm
 from mmkernels import testing
+from mmkernels.attention import cuda_backward as module
 from mmkernels.attention.interval import IntervalMask
 from tests import cuda_harness
 from tests.attention import cuda_backward
@@ -18,6 +19,7 @@ from tests.attention.cuda_backward import problem
 from tests.attention.test_cuda_backward_ptx import (
     NAMES,
     SHAPE,
+    EmulatedOps,
     forwarded,
     masked,
     poisoned,
@@ -221,6 +223,17 @@ def test_a_row_whose_lse_is_nan_stays_alone(deterministic):
         assert got[0, :162, 0].isnan().all() and torch.equal(got[:, :, 1], right[:, :, 1])
 
 
+def test_a_row_without_a_key_gets_zeros_whatever_its_query_holds(deterministic):
+    end = torch.full((1, 130), 128)
+    end[0, 20] = 0
+    mask = IntervalMask(torch.zeros_like(end), end, 200)
+    tensors = forwarded(x := problem((1, 130, 200, 1, 1), 64, mask=mask))
+    wanted, *_ = backward(tensors, x.bounds(), deterministic)
+    tensors[1][0, 20] = math.nan
+    dq, *_ = backward(tensors, x.bounds(), deterministic)
+    assert torch.equal(dq, wanted) and not dq[0, 20].any()
+
+
 @pytest.mark.parametrize(
     ("head_dim", "mask"), [(64, "image spans"), pytest.param(128, "ragged", marks=slow)]
 )
@@ -235,7 +248,7 @@ def test_every_order_of_warps_gives_the_same_bits(head_dim, mask):
 def test_any_order_differs_by_rounding_alone(head_dim):
     x = masked("image spans", SHAPE, head_dim)
     first, *others = (run(x, False, seed=seed)[0] for seed in (0, 7, 1234))
-    for (dq, *dkv) in others:
+    for dq, *dkv in others:
         torch.testing.assert_close(dq, first[0], rtol=2**-7, atol=2**-9)
         assert all(torch.equal(a, b) for a, b in zip(dkv, first[1:], strict=True))
 
@@ -248,7 +261,9 @@ COLUMNS = {64: 64, 80: 128, 96: 128, 128: 128}
 def test_nothing_is_moved_or_computed_twice(head_dim, deterministic):
     size, tiles = 1024, 8
     keys, other = check(problem((1, size, size, 1, 1), head_dim), deterministic)
-    row = 2 * COLUMNS[head_dim]  # boxes are counted whole; the GPU moves what of them is in a tensor
+    row = (
+        2 * COLUMNS[head_dim]
+    )  # boxes are counted whole; the GPU moves what of them is in a tensor
     assert keys["mma_flops"] == (8 if deterministic else 10) * size**2 * head_dim
     assert other["mma_flops"] == (6 if deterministic else 0) * size**2 * head_dim
     # Both staying tensors once, both moving ones once a tile of 128.
@@ -269,11 +284,36 @@ def test_tiles_that_the_mask_hides_are_passed_over(mask, deterministic):
     size, head_dim = 1024, 64
     built = {"causal": mm.masks.causal(size), "window": mm.masks.window(size, window_size=(127, 0))}
     results = check(problem((1, size, size, 1, 1), head_dim, mask=built[mask]), deterministic)
-    # Of 16 x 16 pairs of 64 rows and keys; where one of a block's two warpgroups is passed over, it lends zeros
-    # to the sums of dq.
+    # Of 16 x 16 pairs of 64 rows and keys; a warpgroup that passes over a tile of its block lends
+    # zeros to the sums of dq.
     pairs, lent = {"causal": (136, 8), "window": (16 + 15 + 14, 15)}[mask]
     wanted = 14 * pairs if deterministic else 10 * pairs + 2 * lent
     assert sum(r["mma_flops"] for r in results) == wanted * 64 * 64 * head_dim
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_backend_hands_over_sums_where_the_order_is_free(monkeypatch, hopper):
+    given = []
+
+    class Ops(EmulatedOps):
+        def attention_backward(self, *inputs):
+            given.append(inputs[15:])
+            super().attention_backward(*inputs[:15])
+
+    monkeypatch.setattr(module, "kernels_why_not", lambda *inputs: None)
+    monkeypatch.setattr(module, "is_hopper", lambda device: hopper)
+    monkeypatch.setattr(torch.ops, "mmkernels_cuda", Ops(), raising=False)
+    x = problem((2, 130, 20, 2, 1), 72)
+    out, lse = cuda_backward.forward(x)
+    rest = (None,) * 8 + (72**-0.5, 0.0, 0.0, False)
+    for deterministic in (True, False):
+        module.backward(x.dout, x.dlse, *x.qkv, out, lse, *rest, deterministic)
+    assert given[0] == () and len(given[1]) == (2 if hopper else 0)
+    if hopper:
+        dq_sum, redo = given[1]
+        assert dq_sum.shape == (2, 2, 2, 128 * 80) and dq_sum.dtype == torch.float32
+        assert not dq_sum.any()
+        assert redo.shape == (2, 2, 2) and redo.dtype == torch.int32
 
 
 @pytest.mark.parametrize("name", [f"{width}_bf16" for width in COLUMNS])
