@@ -50,13 +50,6 @@ def resources(source: Path, arch: str, folder: Path) -> list[Resources]:
     return [Resources(*map(int, numbers)) for numbers in found]
 
 
-def notes(source: Path, arch: str, folder: Path) -> str:
-    """What ptxas remarks on a source that nvcc compiles for `arch`."""
-    cubin = folder / f"{source.stem}.{arch}.cubin"
-    nvcc = ["nvcc", *FLAGS, f"-arch={arch}", "-Xptxas=-v", "-cubin", source, "-o", cubin]
-    return subprocess.run(nvcc, check=True, capture_output=True, text=True).stderr
-
-
 @functools.cache
 def ptxsim() -> Any:
     """The emulator."""

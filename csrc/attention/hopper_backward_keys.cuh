@@ -143,18 +143,15 @@ __device__ __forceinline__ void consume_queries(KeysShared<T, HEAD_DIM, SUM>& sh
     const Seen seen = seen_of(shared.marks[i], group);
     if (seen != Seen::NOTHING) {
       Products s, dp;
-      wgmma_fence();
       multiply_transposed(s, shared.k[group], shared.q[i]);
       multiply_transposed(dp, shared.v[group], shared.dout[i]);
       wgmma_wait<1>();
       pin(s);
       exponentiate<true, T>(s, p_rounded, shared.queries[i], n0, scores, seen);
-      wgmma_fence();
       multiply(dv, p_rounded, shared.dout[i]);
       wgmma_wait<1>();
       pin(dp);
       differentiate<true, T>(s, dp, ds, shared.queries[i], scores, seen);
-      wgmma_fence();
       multiply(dk, ds, shared.q[i]);
       if constexpr (SUM) share_ds(shared.sum, ds, turn, group);
       wgmma_wait<0>();

@@ -134,11 +134,9 @@ __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShar
   for (int j = first; j < last; ++j, ring.advance()) {
     const int i = ring.stage, n0 = all.lo + j * ROWS;
     barrier_wait(shared.full[i], ring.parity);
-    wgmma_fence();
     multiply_transposed(s, shared.q[group], shared.k[i]);
     multiply_transposed(dp, shared.dout[group], shared.v[i]);
     if (j > first) {
-      wgmma_fence();
       multiply(dq, ds, shared.k[before]);
       wgmma_wait<2>();
     } else {
@@ -159,7 +157,6 @@ __device__ __forceinline__ void consume_keys(Gradient<HEAD_DIM>& dq, QueriesShar
       named_barrier_sync(CONSUMERS_BARRIER, CONSUMERS);
     }
   }
-  wgmma_fence();
   multiply(dq, ds, shared.k[before]);
   wgmma_wait<0>();
   pin(dq);

@@ -144,6 +144,7 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void multiply_transposed(Products& s, const Tile<T, HEAD_DIM>& x,
                                                     const Tile<T, HEAD_DIM>& y) {
   const uint64_t a = k_major(shared_address(&x)), b = k_major(shared_address(&y));
+  wgmma_fence();
 #pragma unroll
   for (int d = 0; d < HEAD_DIM; d += 16) {
     const int step = d / COLUMNS * sizeof(x.parts[0]) + d % COLUMNS * sizeof(T);
@@ -157,6 +158,7 @@ template <typename T, int HEAD_DIM>
 __device__ __forceinline__ void multiply(Gradient<HEAD_DIM>& gradient, const Operand& s,
                                          const Tile<T, HEAD_DIM>& y) {
   const uint64_t b = mn_major(shared_address(&y), sizeof(y.parts[0]));
+  wgmma_fence();
 #pragma unroll
   for (int n = 0; n < ROWS; n += 16)
     wgmma<T, Major::MN>(gradient, s[n / 16], advanced(b, n * COLUMNS * sizeof(T)), true);

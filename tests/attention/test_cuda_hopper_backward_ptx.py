@@ -4,7 +4,6 @@ Each question is asked of both forms: dq by a kernel of its own, and dq summed i
 """
 
 import math
-import re
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.attention import cuda_backward as module
 from mmkernels.attention.interval import IntervalMask
-from tests import cuda_harness
 from tests.attention import cuda_backward
 from tests.attention.cuda_backward import problem
 from tests.attention.test_cuda_backward_ptx import (
@@ -315,19 +313,3 @@ def test_the_backend_hands_over_sums_where_the_order_is_free(monkeypatch, hopper
         assert dq_sum.shape == (2, 2, 2, 128 * 80) and dq_sum.dtype == torch.float32
         assert not dq_sum.any()
         assert redo.shape == (2, 2, 2) and redo.dtype == torch.int32
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(f"{width}_{dtype}", marks=[slow] if dtype == "fp16" else [])
-        for width in COLUMNS
-        for dtype in ("bf16", "fp16")
-    ],
-)
-def test_nvcc_spills_nothing_and_serialises_no_product(name, tmp_path):
-    source = cuda_harness.CSRC / "attention" / f"hopper_backward_{name}.cu"
-    notes = cuda_harness.notes(source, "sm_90a", tmp_path)
-    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", notes)
-    assert kernels == [("0", "0")] * 4
-    assert "Potential Performance Loss" not in notes, notes
