@@ -16,14 +16,16 @@ namespace mmkernels {
 constexpr int DELTA_THREADS = 128;
 constexpr int DELTA_ROWS = DELTA_THREADS / 8;
 
+// Of eight numbers each.
 template <typename T>
 __device__ __forceinline__ float sum_of_products(const T* x, const T* y) {
   const uint4 packed_x = *reinterpret_cast<const uint4*>(x), packed_y = *reinterpret_cast<const uint4*>(y);
-  const T* many_x = reinterpret_cast<const T*>(&packed_x);
-  const T* many_y = reinterpret_cast<const T*>(&packed_y);
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum = fmaf(static_cast<float>(many_x[i]), static_cast<float>(many_y[i]), sum);
+  for (int i = 0; i < 4; ++i) {
+    const float2 a = unpack<T>((&packed_x.x)[i]), b = unpack<T>((&packed_y.x)[i]);
+    sum = fmaf(a.y, b.y, fmaf(a.x, b.x, sum));
+  }
   return sum;
 }
 
