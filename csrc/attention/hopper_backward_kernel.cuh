@@ -22,8 +22,6 @@
 // Source: Shah et al., "FlashAttention-3", NeurIPS 2024, for scores transposed and sums by TMA.
 #pragma once
 
-#include <algorithm>
-
 #include "../hopper/tensor_map.h"
 #include "hopper_backward.h"
 #include "hopper_backward_keys.cuh"
@@ -63,6 +61,7 @@ cudaError_t make_maps(BackwardMaps& maps, const AttentionBackward& p) {
 template <class Shared, class Kernel>
 cudaError_t launch(Kernel* kernel, int threads, int64_t heads, int length, const AttentionBackward& p,
                    const BackwardMaps& maps, cudaStream_t stream) {
+  static_assert(sizeof(Shared) <= 227 << 10, "what a block may have of a multiprocessor");
   const int tiles = (length + GROUPS * ROWS - 1) / (GROUPS * ROWS);
   if (heads * tiles > INT_MAX) return cudaErrorInvalidConfiguration;
   const cudaError_t error =

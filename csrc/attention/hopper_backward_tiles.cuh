@@ -78,6 +78,7 @@ struct Queries {
 // How much of a tile of scores the mask leaves.
 enum class Seen { NOTHING, SOME, ALL };
 
+// One query, of which a row beyond the last has no key.
 struct Query {
   float minus_lse, delta;
   int2 bounds;
