@@ -8,13 +8,12 @@ import fcntl
 import functools
 import hashlib
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,32 +21,8 @@ import mmkernels
 
 ROOT = Path(mmkernels.__file__).parent.parent
 CSRC = ROOT / "csrc"
-FLAGS = ("-std=c++17", "-O3", f"-I{CSRC}")
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 WIDTHS = {64: 64, 72: 80, 80: 80, 96: 96, 128: 128}  # head dim -> that of the kernel
-
-
-class Resources(NamedTuple):
-    """What a thread of a compiled kernel takes: registers, and bytes of stack and local memory."""
-
-    registers: int
-    stack: int
-    local: int
-
-
-def resources(source: Path, arch: str, folder: Path) -> list[Resources]:
-    """Of each kernel in a source that nvcc compiles for `arch`, as cuobjdump reports them."""
-    from triton.backends import nvidia
-
-    cubin = folder / f"{source.stem}.{arch}.cubin"
-    nvcc = ["nvcc", *FLAGS, f"-arch={arch}", "-cubin", source, "-o", cubin]
-    subprocess.run(nvcc, check=True, capture_output=True, text=True)
-    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
-    text = subprocess.run(
-        [tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True
-    ).stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    return [Resources(*map(int, numbers)) for numbers in found]
 
 
 @functools.cache
@@ -76,6 +51,33 @@ def launchers(name: str, arch: str = "sm_80", folder: str = "attention") -> Any:
 def on_device(x: Tensor) -> Tensor:
     """A contiguous copy placed as on a GPU: aligned, and what lies around it may not be read."""
     return ptxsim().aligned(x)
+
+
+STRIDED = ("heads first", "one head for all", "part of a wider tensor")
+
+
+def strided(kind: str, x: Tensor) -> Tensor:
+    """x (B, S, H, D) with other strides."""
+    batch, length, heads, dim = x.shape
+    if kind == "heads first":
+        return on_device(x.transpose(1, 2)).transpose(1, 2)
+    if kind == "one head for all":
+        return on_device(x[:, :, :1]).expand(x.shape)
+    wide = x.new_full((batch, length + 3, heads + 1, dim + 8), torch.nan)
+    wide[:, 3:, 1:, 8:] = x
+    return on_device(wide)[:, 3:, 1:, 8:]
+
+
+# Each head dim in one dtype at least; the others are slow.
+EVERY_WIDTH = pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        pytest.param(head_dim, dtype, marks=() if quick else pytest.mark.slow)
+        for head_dim in WIDTHS
+        for dtype in SHORT
+        for quick in [(dtype == torch.float16) == (head_dim == 80)]
+    ],
+)
 
 
 class AttentionForward(ctypes.Structure):

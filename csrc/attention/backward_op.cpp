@@ -3,38 +3,14 @@
 
 #include "check.h"
 #include "hopper_backward.h"
+#include "instances.h"
 #include "ops.h"
 
 namespace mmkernels {
 namespace {
 
-// The portable and the Hopper kernels of a head dim and dtype; null if this build has none.
-struct Launchers {
-  AttentionBackwardLauncher* portable;
-  AttentionBackwardLauncher* hopper;
-};
-
-Launchers launchers(int64_t head_dim, bool bfloat16) {
-#define MMKERNELS_CASE(D)                                                                 \
-  return bfloat16 ? Launchers{mmkernels_attention_backward_##D##_bf16,                    \
-                              mmkernels_attention_backward_sm90_##D##_bf16}               \
-                  : Launchers {                                                           \
-    mmkernels_attention_backward_##D##_fp16, mmkernels_attention_backward_sm90_##D##_fp16 \
-  }
-  switch (head_dim) {
-    case 64:
-      MMKERNELS_CASE(64);
-    case 72:
-    case 80:
-      MMKERNELS_CASE(80);
-    case 96:
-      MMKERNELS_CASE(96);
-    case 128:
-      MMKERNELS_CASE(128);
-    default:
-      return {nullptr, nullptr};
-  }
-#undef MMKERNELS_CASE
+Launchers<AttentionBackwardLauncher> launchers(int64_t head_dim, bool bfloat16) {
+  MMKERNELS_RETURN_LAUNCHERS(backward);
 }
 
 AttentionDeltaLauncher* attention_delta_launcher(bool bfloat16) {
@@ -160,7 +136,7 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
   p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
 
-  const Launchers launch = launchers(head_dim, dtype == ScalarType::BFloat16);
+  const auto launch = launchers(head_dim, dtype == ScalarType::BFloat16);
   STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for a head dim of ", head_dim);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);

@@ -16,17 +16,12 @@ from mmkernels.attention import cuda_backward as module
 from tests import cuda_harness
 from tests.attention import cuda_backward
 from tests.attention.cuda_backward import attention_delta, check, problem, run
-from tests.cuda_harness import on_device
+from tests.attention.cuda_problems import NAMES, SHAPE, EmulatedOps, forwarded, masked, poisoned
+from tests.cuda_harness import EVERY_WIDTH, STRIDED, on_device, strided
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.ptxsim]
 slow = pytest.mark.slow
 bf16, fp16 = torch.bfloat16, torch.float16
-SHAPE = (2, 200, 261, 4, 2)  # batch, Sq, Sk, heads, key heads
-NAMES = ("dq", "dk", "dv")
-
-
-def masked(mask: str, shape: tuple[int, int, int, int, int] = SHAPE, *args: Any) -> Any:
-    return problem(shape, *args, mask=testing.MASKS[mask](*shape[:3]))
 
 
 @pytest.mark.parametrize("mask", testing.MASKS)
@@ -51,20 +46,7 @@ def test_whole_tiles_of_rows_that_miss_one_key_of_a_tile(length):
     check(problem((1, 6 * length, 261, 1, 1), 64, mask=mask))
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [
-        (128, bf16),
-        (72, bf16),
-        (80, fp16),
-        pytest.param(64, fp16, marks=slow),
-        pytest.param(72, fp16, marks=slow),
-        pytest.param(80, bf16, marks=slow),
-        (96, bf16),
-        pytest.param(96, fp16, marks=slow),
-        pytest.param(128, fp16, marks=slow),
-    ],
-)
+@EVERY_WIDTH
 @pytest.mark.parametrize("mask", ["none", "ragged"])
 def test_every_width_and_dtype(head_dim, dtype, mask):
     check(masked(mask, SHAPE, head_dim, dtype))
@@ -113,36 +95,15 @@ def test_float16_gradients_of_scores_overflow_no_sooner_than_dq_and_dk():
         assert error < 0.01, f"{name}: {error}"
 
 
-def strided(kind: str, x: Tensor) -> Tensor:
-    """x (B, S, H, D) with other strides."""
-    batch, length, heads, dim = x.shape
-    if kind == "heads first":
-        return on_device(x.transpose(1, 2)).transpose(1, 2)
-    if kind == "one head for all":
-        return on_device(x[:, :, :1]).expand(x.shape)
-    wide = x.new_full((batch, length + 3, heads + 1, dim + 8), math.nan)
-    wide[:, 3:, 1:, 8:] = x
-    return on_device(wide)[:, 3:, 1:, 8:]
-
-
-KINDS = ("heads first", "one head for all", "part of a wider tensor")
-
-
 @pytest.mark.parametrize("first", range(3))
 def test_strides(first):
     """Each tensor has other strides than the rest."""
     x = masked("causal", (2, 130, 130, 2, 2), 64)
-    kinds = (KINDS + KINDS)[first : first + 3]
+    kinds = (STRIDED + STRIDED)[first : first + 3]
     names = zip(("q", "k", "v", "dout"), (*kinds, kinds[1]), strict=True)
     x = x._replace(**{name: strided(kind, getattr(x, name)) for name, kind in names})
     assert all(not t.is_contiguous() for t in (*x.qkv, x.dout))
     check(x)
-
-
-def forwarded(x: cuda_backward.Problem) -> tuple[Tensor, ...]:
-    """dout, q, k, v, lse and delta."""
-    out, lse = cuda_backward.forward(x)
-    return x.dout, *x.qkv, lse, attention_delta(x.dout, out, lse, x.dlse)[0]
 
 
 def test_strides_of_the_bounds():
@@ -195,27 +156,6 @@ def test_delta(head_dim, dtype):
         delta, _ = attention_delta(dout, out, lse, dlse)
         assert not delta[empty].any()
         torch.testing.assert_close(delta[~empty].double(), wanted[~empty], atol=1e-5, rtol=1e-5)
-
-
-def poisoned(
-    x: cuda_backward.Problem, which: str, bad: float
-) -> tuple[cuda_backward.Problem, cuda_backward.Problem, Tensor]:
-    """x with `bad` in three keys or values, and with 0 there; which rows (B, Hq, Sq) see them."""
-    dirty, clean = getattr(x, which).clone(), getattr(x, which).clone()
-    batch, seqlen_q, heads, head_dim = x.q.shape
-    touched = torch.zeros(batch, heads, seqlen_q, dtype=torch.bool)
-    groups = heads // x.k.shape[2]
-    for b, j, h, d in ((0, 12, 0, 3), (0, 150, 1, 5), (1, 199, 0, head_dim - 1)):
-        dirty[b, j, h, d], clean[b, j, h, d] = bad, 0.0
-        touched[b, groups * h : groups * (h + 1)] |= x.mask.to_dense().expand(batch, -1, -1)[
-            b, :, j
-        ]
-    assert touched.any() and not touched.all()
-    return (
-        x._replace(**{which: on_device(dirty)}),
-        x._replace(**{which: on_device(clean)}),
-        touched,
-    )
 
 
 @pytest.mark.parametrize("which", ["k", "v"])
@@ -321,23 +261,6 @@ def test_delta_reads_once():
     _, result = attention_delta(x.dout, out, lse, x.dlse)
     assert result["gld_sectors"] <= 1.05 * 1024 * (2 * 128 + 4 + 4) / 32
     assert result["gst_req"] == 1024 / 4, "one for the four rows of a warp"
-
-
-class EmulatedOps:
-    """`torch.ops.mmkernels_cuda`, its backward ops run in the emulator."""
-
-    def attention_delta(self, dout, out, dlse, lse, delta):
-        delta.copy_(attention_delta(dout, out, lse, dlse)[0])
-
-    def attention_backward(self, *inputs):
-        dout, q, k, v, lse, delta, *bounds = inputs[:10]
-        assert all(cuda.copyable(x) for x in (dout, q, k, v)) and lse.is_contiguous()
-        bounds = tuple(on_device(x) for x in bounds if x is not None)
-        made, _ = cuda_backward.attention_backward(
-            *(on_device(x) for x in (dout, q, k, v, lse, delta)), bounds, *inputs[13:]
-        )
-        for target, x in zip(inputs[10:13], made, strict=True):
-            target.copy_(x)
 
 
 def through_python(x: cuda_backward.Problem, monkeypatch: Any, dlse: Tensor | None) -> Any:

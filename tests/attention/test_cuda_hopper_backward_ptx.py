@@ -15,16 +15,8 @@ from mmkernels.attention import cuda_backward as module
 from mmkernels.attention.interval import IntervalMask
 from tests.attention import cuda_backward
 from tests.attention.cuda_backward import problem
-from tests.attention.test_cuda_backward_ptx import (
-    NAMES,
-    SHAPE,
-    EmulatedOps,
-    forwarded,
-    masked,
-    poisoned,
-    strided,
-)
-from tests.cuda_harness import on_device
+from tests.attention.cuda_problems import NAMES, SHAPE, EmulatedOps, forwarded, masked, poisoned
+from tests.cuda_harness import EVERY_WIDTH, on_device, strided
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.ptxsim]
 slow = pytest.mark.slow
@@ -59,20 +51,7 @@ def test_every_mask(mask, deterministic):
     check(masked(mask, SHAPE, 64), deterministic)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [
-        (128, bf16),
-        (72, bf16),
-        (80, fp16),
-        pytest.param(64, fp16, marks=slow),
-        pytest.param(72, fp16, marks=slow),
-        pytest.param(80, bf16, marks=slow),
-        (96, bf16),
-        pytest.param(96, fp16, marks=slow),
-        pytest.param(128, fp16, marks=slow),
-    ],
-)
+@EVERY_WIDTH
 @pytest.mark.parametrize("mask", ["none", "ragged"])
 def test_every_width_and_dtype(head_dim, dtype, mask, deterministic):
     check(masked(mask, SHAPE, head_dim, dtype), deterministic)

@@ -11,7 +11,7 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.attention.interval import IntervalMask
 from tests import cuda_harness
-from tests.cuda_harness import on_device
+from tests.cuda_harness import EVERY_WIDTH, STRIDED, on_device, strided
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.ptxsim]
 slow = pytest.mark.slow
@@ -56,20 +56,7 @@ def test_every_mask(arch, mask):
     check(qkv(SHAPE, 64), testing.MASKS[mask](*SHAPE[:3]), arch=arch)
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [
-        (128, bf16),
-        (72, bf16),
-        (80, fp16),
-        pytest.param(64, fp16, marks=slow),
-        pytest.param(72, fp16, marks=slow),
-        pytest.param(80, bf16, marks=slow),
-        (96, bf16),
-        pytest.param(96, fp16, marks=slow),
-        pytest.param(128, fp16, marks=slow),
-    ],
-)
+@EVERY_WIDTH
 @pytest.mark.parametrize("mask", ["none", "ragged"])
 def test_every_width_and_dtype(arch, head_dim, dtype, mask):
     check(qkv(SHAPE, head_dim, dtype), testing.MASKS[mask](*SHAPE[:3]), arch=arch)
@@ -114,19 +101,7 @@ def test_softcap_and_scale(arch, head_dim):
     check(qkv(shape, head_dim), mm.masks.causal(130), softmax_scale=0.7, arch=arch)
 
 
-def strided(kind: str, x: Tensor) -> Tensor:
-    """x (B, S, H, D) with other strides."""
-    batch, length, heads, dim = x.shape
-    if kind == "heads first":
-        return on_device(x.transpose(1, 2)).transpose(1, 2)
-    if kind == "one head for all":
-        return on_device(x[:, :, :1]).expand(x.shape)
-    wide = x.new_full((batch, length + 3, heads + 1, dim + 8), math.nan)
-    wide[:, 3:, 1:, 8:] = x
-    return on_device(wide)[:, 3:, 1:, 8:]
-
-
-@pytest.mark.parametrize("kind", ["heads first", "one head for all", "part of a wider tensor"])
+@pytest.mark.parametrize("kind", STRIDED)
 def test_strides(arch, kind):
     tensors = [strided(kind, x) for x in qkv((2, 130, 130, 2, 2), 64)]
     assert all(not x.is_contiguous() for x in tensors)
