@@ -4,15 +4,11 @@ A GPU of so many multiprocessors runs as many blocks, which take the tiles in tu
 them two warpgroups do.
 """
 
-import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import cuda_harness
 from tests.cuda_harness import on_device
 from tests.patch_embed.cases import EQUAL, IMAGENET, Case, image_bytes, normal
 from tests.patch_embed.cuda_harness import run, useful_flops
@@ -149,18 +145,3 @@ def test_nothing_is_moved_or_computed_twice(raw, patch):
     assert launch["gld_sectors"] <= SECTORS[patch, raw] * least
     assert launch["tma_ld_bytes"] == 4 * 128 * 2 * -(-values // 64) * 64
     assert launch["gst_sectors"] == 256 * 256 * 2 / 32
-
-
-def code(source: Path, folder: Path) -> str:
-    """The machine code for compute capability 9.0, without a spill or products one by one."""
-    from triton.backends import nvidia
-
-    cubin = folder / f"{source.stem}.cubin"
-    options = ["-arch=sm_90a", "-cubin", "--resource-usage"]
-    nvcc = ["nvcc", *cuda_harness.FLAGS, *options, source, "-o", cubin]
-    done = subprocess.run(nvcc, check=True, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert not re.findall(r"C75\d\d|[1-9]\d* bytes (?:stack frame|spill)", said)
-    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
-    dump = [tool, "-sass", cubin]
-    return subprocess.run(dump, check=True, capture_output=True, text=True).stdout
