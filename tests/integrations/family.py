@@ -81,6 +81,8 @@ class Family:
                     parameter.normal_(std=0.15)
                 elif name.endswith("sinks"):
                     parameter.normal_()
+                if name.endswith("Attention.q.weight"):  # T5 has no scale but in these
+                    parameter.mul_(model.config.d_kv**-0.5)
         return model
 
 
