@@ -43,6 +43,9 @@ inline void check_copyable(const char* name, const Tensor& x) {
                   "others multiples of 8");
 }
 
+// A step in a dimension of one element leads nowhere, and need not be aligned.
+inline int64_t step(const Tensor& x, int64_t dim) { return x.size(dim) <= 1 ? 0 : x.stride(dim); }
+
 // TMA takes boxes of x, which is also `copyable`.
 inline bool boxable(const Tensor& x) {
   constexpr int64_t MAX_STRIDE = int64_t(1) << 39;  // elements of 16 bits
@@ -68,7 +71,9 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 
 inline void check_launch(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "the kernel was not launched: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would find this error
+  STD_TORCH_CHECK(false, "the kernel was not launched: ", cudaGetErrorString(error));
 }
 
 }  // namespace mmkernels

@@ -140,7 +140,7 @@ def attention_forward(
         dims = "bs" if name in ("start", "end") else "bsh" if name in "qkv" else ""
         separator = "_" if len(name) > 1 else ""
         for dim, letter in enumerate(dims):
-            stride = 0 if len(dims) == 2 and x.shape[dim] == 1 else x.stride(dim)
+            stride = 0 if x.shape[dim] == 1 else x.stride(dim)
             setattr(p, f"stride_{name}{separator}{letter}", stride)
     name = f"{WIDTHS[head_dim]}_{SHORT[q.dtype]}"
     if arch != "sm_90a" or k.shape[1] == 0:

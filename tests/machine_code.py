@@ -63,6 +63,14 @@ def compiled(source: Path, arch: str, folder: Path) -> MachineCode:
     return MachineCode(file, done.stderr)
 
 
+def portable_ptx(source: Path, folder: Path) -> list[str]:
+    """The PTX for 8.0 of each kernel of a source."""
+    file = folder / f"{source.stem}.ptx"
+    nvcc = ["nvcc", "-std=c++17", f"-I{CSRC}", "-arch=compute_80", "-ptx", source, "-o", file]
+    subprocess.run(nvcc, check=True, capture_output=True)
+    return re.split(r"\.entry\s+", file.read_text())[1:]
+
+
 def faults(code: MachineCode) -> list[str]:
     """Of any kernel: none may spill, have a stack or local memory."""
     kernels = code.resources()

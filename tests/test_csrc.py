@@ -52,6 +52,14 @@ def test_hopper_kernels_spill_nothing_and_are_what_they_are_written_as(source, c
     assert machine_code.faults(code) + machine_code.hopper_faults(code) == []
 
 
+@pytest.mark.nvcc
+@pytest.mark.parametrize("source", parameters(HOPPER))
+def test_hopper_kernels_in_code_for_other_gpus_stop_the_launch(source, tmp_path):
+    """Or they would leave their outputs as they were."""
+    kernels = machine_code.portable_ptx(source, tmp_path)
+    assert kernels and all("trap;" in kernel for kernel in kernels)
+
+
 def test_kernel_sources_hold_no_torch():
     everything = list((ROOT / "csrc").rglob("*.*"))
     kernels = [

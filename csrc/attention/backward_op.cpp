@@ -72,8 +72,8 @@ void attention_delta(const Tensor& dout, const Tensor& out, const std::optional<
   p.dout = dout.data_ptr(), p.out = out.data_ptr();
   p.lse = static_cast<const float*>(lse.data_ptr());
   p.delta = static_cast<float*>(delta.data_ptr());
-  p.stride_doutb = dout.stride(0), p.stride_douts = dout.stride(1), p.stride_douth = dout.stride(2);
-  p.stride_outb = out.stride(0), p.stride_outs = out.stride(1), p.stride_outh = out.stride(2);
+  p.stride_doutb = step(dout, 0), p.stride_douts = step(dout, 1), p.stride_douth = step(dout, 2);
+  p.stride_outb = step(out, 0), p.stride_outs = step(out, 1), p.stride_outh = step(out, 2);
   p.batch = int32_t(batch), p.seqlen_q = int32_t(seqlen_q), p.heads = int32_t(heads);
   p.head_dim = int32_t(head_dim);
 
@@ -128,10 +128,10 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   p.lse = static_cast<const float*>(lse.data_ptr());
   p.delta = static_cast<const float*>(delta.data_ptr());
   p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
-  p.stride_qb = q.stride(0), p.stride_qs = q.stride(1), p.stride_qh = q.stride(2);
-  p.stride_kb = k.stride(0), p.stride_ks = k.stride(1), p.stride_kh = k.stride(2);
-  p.stride_vb = v.stride(0), p.stride_vs = v.stride(1), p.stride_vh = v.stride(2);
-  p.stride_doutb = dout.stride(0), p.stride_douts = dout.stride(1), p.stride_douth = dout.stride(2);
+  p.stride_qb = step(q, 0), p.stride_qs = step(q, 1), p.stride_qh = step(q, 2);
+  p.stride_kb = step(k, 0), p.stride_ks = step(k, 1), p.stride_kh = step(k, 2);
+  p.stride_vb = step(v, 0), p.stride_vs = step(v, 1), p.stride_vh = step(v, 2);
+  p.stride_doutb = step(dout, 0), p.stride_douts = step(dout, 1), p.stride_douth = step(dout, 2);
   p.batch = int32_t(batch), p.seqlen_q = int32_t(seqlen_q), p.seqlen_k = int32_t(seqlen_k);
   p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
   p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
@@ -140,8 +140,9 @@ void attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, co
   STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for a head dim of ", head_dim);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 && q.numel() > 0 &&
-                      k.numel() > 0 && boxable(dout) && boxable(q) && boxable(k) && boxable(v);
+  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 &&
+                      hopper_takes_softcap(p.softcap) && q.numel() > 0 && k.numel() > 0 && boxable(dout) &&
+                      boxable(q) && boxable(k) && boxable(v);
   if (hopper && dq_sum.has_value()) {
     STD_TORCH_CHECK(redo.has_value(), "dq_sum and redo go together");
     const int64_t tiles = (seqlen_q + SUM_ROWS - 1) / SUM_ROWS, padded = head_dim == 72 ? 80 : head_dim;

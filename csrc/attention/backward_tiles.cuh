@@ -63,7 +63,9 @@ struct Queries {
   int end[COUNT];
 };
 
-__device__ __forceinline__ float exponent_of_lse(float lse) { return lse == -INFINITY ? lse : -lse * LOG2E; }
+__device__ __forceinline__ float exponent_of_lse(float lse) {
+  return lse == -INFINITY ? lse : lse == INFINITY ? NAN : -lse * LOG2E;
+}
 
 // Which tile of which head a block takes. Of all heads `wave` run side by side, tile by tile, so that what
 // they stream stays in L2.

@@ -59,9 +59,9 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   }
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.stride_qb = q.stride(0), p.stride_qs = q.stride(1), p.stride_qh = q.stride(2);
-  p.stride_kb = k.stride(0), p.stride_ks = k.stride(1), p.stride_kh = k.stride(2);
-  p.stride_vb = v.stride(0), p.stride_vs = v.stride(1), p.stride_vh = v.stride(2);
+  p.stride_qb = step(q, 0), p.stride_qs = step(q, 1), p.stride_qh = step(q, 2);
+  p.stride_kb = step(k, 0), p.stride_ks = step(k, 1), p.stride_kh = step(k, 2);
+  p.stride_vb = step(v, 0), p.stride_vs = step(v, 1), p.stride_vh = step(v, 2);
   p.batch = int32_t(batch), p.seqlen_q = int32_t(seqlen_q), p.seqlen_k = int32_t(seqlen_k);
   p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
   p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
@@ -70,8 +70,9 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
   STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for a head dim of ", head_dim);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 && seqlen_k > 0 &&
-                      boxable(q) && boxable(k) && boxable(v);
+  const bool hopper = launch.hopper != nullptr && compute_capability(device) == 90 &&
+                      hopper_takes_softcap(p.softcap) && seqlen_k > 0 && boxable(q) && boxable(k) &&
+                      boxable(v);
   if (!hopper) return check_launch(launch.portable(&p, stream));
   if (p.start != nullptr) {
     STD_TORCH_CHECK(redo.has_value(), "with start, Hopper's kernel needs redo");

@@ -66,10 +66,10 @@ struct QueryWalk {
 };
 
 // Bits that say of a query and each group's keys, from n0 on: it sees some of them; it sees not all of them.
-// One that sees no key at all may count as seeing all, for its p is 0.
+// One that sees no key, or is beyond the last, sees not all: its product with an infinite key may be NaN.
 __device__ __forceinline__ unsigned mark(const Query& query, int n0) {
   unsigned marks = 0;
-  if (query.empty()) return marks;
+  if (query.empty()) return ((1 << GROUPS) - 1) << GROUPS;
 #pragma unroll
   for (int group = 0; group < GROUPS; ++group) {
     const int first = n0 + group * ROWS, last = first + ROWS;
@@ -206,6 +206,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int group = threadIdx.x / WARPGROUP - 1;
     consume_queries(shared, p, maps, scores, walk.steps, b, kv_h, n0 + group * ROWS, group);
   }
+#else
+  __trap();  // compiled for another GPU than it is launched on
 #endif
 }
 

@@ -217,6 +217,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     dq[i] = shared.queries[group].minus_lse[row_of(i)] == -INFINITY ? 0.0f : dq[i] * factor;
   store_gradient(dq, 1.0f, shared.q[group], maps.dq, m0 + group * ROWS, h, b);
   tma_store_wait_read();
+#else
+  __trap();  // compiled for another GPU than it is launched on
 #endif
 }
 

@@ -114,6 +114,8 @@ __global__ void __launch_bounds__(CONSUMERS, 1)
   if (threadIdx.x == 0 && p.start != nullptr) p.redo[blockIdx.x] = bad;
   store_gradient(dq, 1.0f, shared[group], maps.dq, m0, h, b);
   tma_store_wait_read();
+#else
+  __trap();  // compiled for another GPU than it is launched on
 #endif
 }
 

@@ -52,8 +52,9 @@ struct BackwardMaps {
 // Numbers that turn raw products into exponents of 2, and their gradients into those of dq and dk.
 struct Scores {
   float c;  // softmax_scale log2(e), or 1 with softcap
-  // With softcap x = outer tanh(s softmax_scale / softcap), which is outer - 2 outer / (1 + 2^(inner s)). The
-  // slope of tanh there is 1 - slope x^2, and p = 2^(x - lse) gives x again.
+  // With softcap x = outer tanh(s softmax_scale / softcap), which is outer - 2 outer / (1 + 2^(inner s)), to
+  // some 2^-22 outer. The slope of tanh there is 1 - slope x^2, and p = 2^(x - lse) gives x again, to some
+  // 2^-23 lse. hopper_takes_softcap says where both are good enough.
   float inner, outer, slope;
   float softmax_scale;
 
@@ -96,7 +97,7 @@ struct Query {
     }
     if (start >= end) return;
     bounds = make_int2(start, end);
-    if (lse != -INFINITY) minus_lse = -lse * LOG2E;
+    if (lse != -INFINITY) minus_lse = lse == INFINITY ? NAN : -lse * LOG2E;
   }
 
   __device__ __forceinline__ bool empty() const { return bounds.x >= bounds.y; }
@@ -240,6 +241,7 @@ __device__ __forceinline__ void store_gradient(const Gradient<HEAD_DIM>& gradien
                                                int h, int b) {
   const int lane = threadIdx.x % 32;
   const int local = threadIdx.x % WARPGROUP / 32 * 16 + lane % 16;
+  sync_warpgroup();  // none of the warps multiplies what is overwritten
 #pragma unroll
   for (int d = 0; d < tile.PARTS * COLUMNS; d += 16) {  // TMA reads what is beyond the head, too
     uint32_t x[4] = {};

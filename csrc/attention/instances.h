@@ -13,6 +13,11 @@ struct Launchers {
   Launcher* hopper;
 };
 
+// The Hopper kernels make tanh of 2^x, which is exact enough between these.
+inline bool hopper_takes_softcap(float softcap) {
+  return softcap == 0.0f || (softcap >= 0.01f && softcap <= 1e4f);
+}
+
 }  // namespace mmkernels
 
 // The body of a function of head_dim and bfloat16 that returns the Launchers of a pass.

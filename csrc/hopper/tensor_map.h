@@ -17,16 +17,13 @@ constexpr int SWIZZLE_BYTES = 128;
 template <int RANK>
 cudaError_t make_tensor_map(CUtensorMap& map, const void* data, bool bfloat16, const int64_t (&sizes)[RANK],
                             const int64_t (&strides)[RANK - 1], const int (&box)[RANK]) {
-  static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
-  if (encode == nullptr) {
+  static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                               cudaEnableDefault, &found);
-    if (error != cudaSuccess) return error;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    encode = reinterpret_cast<decltype(encode)>(function);
-  }
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
   cuuint64_t extents[RANK], steps[RANK - 1];
   cuuint32_t boxes[RANK], ones[RANK];
   for (int dim = 0; dim < RANK; ++dim) {

@@ -83,6 +83,28 @@ def test_softcap_and_scale(head_dim, dtype, deterministic):
         check(problem(shape, head_dim, dtype, mask, **numbers), deterministic)
 
 
+@pytest.mark.parametrize("softcap", [0.01, 1e4])
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_softcaps_at_both_ends_of_what_the_op_hands_on(softcap, dtype, deterministic):
+    check(problem((1, 70, 70, 1, 1), 64, dtype, softcap=softcap), deterministic)
+
+
+@pytest.mark.parametrize("seqlen_q", [64, 70])
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_key_of_minus_infinity_meets_no_row_that_is_not_there(seqlen_q, empty, deterministic):
+    """Nor one without a key: there 0 times infinity would be NaN."""
+    end = torch.full((1, seqlen_q), 70)
+    end[0, 5] = 0 if empty else 70
+    x = problem((1, seqlen_q, 70, 1, 1), 64, mask=IntervalMask(end * 0, end, 70))
+    x.q[..., 3] = x.q[..., 3].abs() + 0.1
+    x.k[0, 5, 0, 3] = -math.inf
+    out, lse = testing.eager_attention(*(t.float() for t in x.qkv), mask=x.mask.to_dense()[:, None])
+    delta = (x.dout.float() * out).sum(-1).transpose(1, 2)
+    tensors = [x.dout, *x.qkv, on_device(lse), on_device(delta)]
+    _, dk, dv = backward(tensors, x.bounds(), deterministic)
+    assert dk.isfinite().all() and dv.isfinite().all() and not dv[0, 5].any()
+
+
 def test_scores_that_softcap_saturates(deterministic):
     check(problem((1, 130, 130, 1, 1), 64, softcap=5.0, softmax_scale=8.0), deterministic)
 

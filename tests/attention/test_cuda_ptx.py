@@ -108,6 +108,11 @@ def test_strides(arch, kind):
     check(tensors, mm.masks.causal(130), arch=arch)
 
 
+@pytest.mark.parametrize("softcap", [0.01, 1e4])
+def test_softcaps_at_both_ends_of_what_the_op_hands_on(arch, softcap):
+    check(qkv((1, 70, 70, 1, 1), 64, fp16), softcap=softcap, arch=arch)
+
+
 def test_strides_of_the_bounds(arch):
     mask = testing.MASKS["ragged"](*SHAPE[:3])
     tensors = qkv(SHAPE, 64)
