@@ -53,11 +53,21 @@ class MachineCode(NamedTuple):
         return [Resources(*map(int, numbers)) for numbers in found]
 
 
+# As torch compiles extensions: what converts or computes with 16-bit floats must say how.
+TORCH_FLAGS = (
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+)
+
+
 def compiled(source: Path, arch: str, folder: Path) -> MachineCode:
     """A source compiled for "80" or "90a"."""
     file = folder / f"{source.stem}.{arch}.fatbin"
     code = f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
-    nvcc = ["nvcc", "-std=c++17", "-O3", f"-I{CSRC}", code, "-fatbin", source, "-o", file]
+    flags = ["-std=c++17", "-O3", f"-I{CSRC}", *TORCH_FLAGS]
+    nvcc = ["nvcc", *flags, code, "-fatbin", source, "-o", file]
     done = subprocess.run(nvcc, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return MachineCode(file, done.stderr)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mmkernels
-from mmkernels.attention import cuda
+from mmkernels.attention import cuda, cuda_backward
 from tests import machine_code
 
 ROOT = Path(mmkernels.__file__).parent.parent
@@ -68,6 +68,21 @@ def test_kernel_sources_hold_no_torch():
     assert len(kernels) > 8
     assert not [path for path in kernels if "torch" in path.read_text()]
     assert not [path for path in everything if re.search(r"Python\.h|pybind", path.read_text())]
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+def test_auto_passes_over_attention_in_both_passes(monkeypatch):
+    """Though it could serve the call."""
+    monkeypatch.setattr(cuda.library, "load_error", lambda: None)
+    monkeypatch.setattr(cuda, "_instance_why_not", lambda *_: None)
+    monkeypatch.setattr(cuda_backward, "_built_why_not", lambda *_: None)
+    with torch._subclasses.FakeTensorMode(), torch.device("cuda"):
+        q = torch.empty(1, 8, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+        explained = mmkernels.explain(mmkernels.attention, q, q, q)
+        named = mmkernels.explain(mmkernels.attention, q, q, q, backend="cuda")
+    assert explained.backward is not None and named.backend == "cuda"
+    for one in (explained, explained.backward):
+        assert one.backend != "cuda" and "not yet measured" in (one.reasons["cuda"] or "")
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")

@@ -11,7 +11,7 @@ import torch
 
 import mmkernels
 from mmkernels import doctor
-from mmkernels._core import registry, selftest
+from mmkernels._core import library, registry, selftest
 
 ROOT = Path(mmkernels.__file__).parent.parent
 
@@ -179,3 +179,33 @@ def test_color_is_for_terminals_without_no_color(monkeypatch, capsys):
     assert "\033[32mchosen" in printed()
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in printed()
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="torch is built without CUDA")
+def test_the_self_test_asks_for_backends_that_are_served_by_name_alone(monkeypatch):
+    """The CUDA kernels, if they are there; not Triton's interpreter."""
+    from mmkernels.attention import cuda as attention
+    from mmkernels.attention import cuda_backward
+    from mmkernels.patch_embed import cuda as patches
+
+    monkeypatch.setattr(attention.library, "load_error", lambda: None)
+    monkeypatch.setattr(attention, "_instance_why_not", lambda *_: None)
+    monkeypatch.setattr(patches, "_instance_why_not", lambda *_: None)
+    monkeypatch.setattr(cuda_backward, "_built_why_not", lambda *_: None)
+    declined = selftest.BackendFact(available=False, chosen=False)
+    calls = {call.function.__name__: call for call in selftest.sample_calls()}
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        for name in ("attention", "patch_embed"):
+            call = calls[name].to(torch.float32, "cpu", False)
+            assert not selftest._serves(declined, call, "triton")
+            fakes = [torch.empty(x.shape, device="cuda").bfloat16() for x in call.tensors]
+            assert selftest._serves(declined, call._replace(tensors=fakes), "cuda")
+
+
+def test_why_an_extension_does_not_load_is_said(monkeypatch, tmp_path):
+    package = tmp_path / "mmkernels"
+    (package / "_core").mkdir(parents=True)
+    (package / "_C.so").write_text("no library")
+    monkeypatch.setattr(library, "__file__", str(package / "_core" / "library.py"))
+    reason = library.load_error.__wrapped__()
+    assert "invalid ELF header" in reason or "file too short" in reason

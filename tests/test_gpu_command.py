@@ -1,6 +1,7 @@
 """`make gpu` where there is no GPU: what it refuses, keeps, and installs."""
 
 import json
+import os
 import sys
 import zipfile
 
@@ -51,11 +52,16 @@ def test_pytest_is_counted(report, tmp_path):
 def test_the_extension_comes_from_the_newest_wheel_that_has_one(report, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "dist").mkdir()
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "ops.cpp").touch()
     for name, files in (("old", ["mmkernels/_C.so"]), ("pure", ["mmkernels/__init__.py"])):
         with zipfile.ZipFile(tmp_path / "dist" / f"{name}.whl", "w") as archive:
             for file in files:
                 archive.writestr(file, name)
     gpu.install(report)
     assert report.parts["extension"] == "old.whl"
+    os.utime(tmp_path / "dist" / "old.whl", (1, 1))
+    gpu.install(report)
+    assert report.parts["extension"] == "old.whl, OLDER THAN THE SOURCES"
     assert (tmp_path / "mmkernels" / "_C.so").read_text() == "old"
     assert not (tmp_path / "mmkernels" / "__init__.py").exists()

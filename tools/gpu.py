@@ -7,6 +7,7 @@ into the folder that OUT names (default: benchmarks/results/<GPU>): `gpu.json`, 
 part, so that what is done is kept if it is cut off, and the output of every part as text.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -28,8 +29,14 @@ TESTS = (
     "tests/integrations/test_torch_flash.py",
 )
 PART_SECONDS = 400
-# compute-sanitizer slows a kernel down a hundredfold.
-SANITIZED = "real_tiles and none and bfloat16 and (64 or 128) or same_bits and documents and 80"
+# compute-sanitizer slows a kernel down a hundredfold. Its tools, and the tests of each file.
+TOOLS = ("memcheck", "racecheck", "synccheck")
+SANITIZED = {
+    "tests/attention/test_gpu.py": (
+        "real_tiles and none and bfloat16 and (64 or 128) or same_bits and documents and 80"
+    ),
+    "tests/patch_embed/test_gpu.py": "same_bits",
+}
 
 
 def run(command: list[str], log: Path, seconds: int) -> tuple[int, str]:
@@ -83,13 +90,16 @@ def environment() -> dict[str, str]:
     import triton
 
     git = ["git", "describe", "--always", "--dirty"]
+    commit = "unknown: git is not on PATH"
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": subprocess.run(git, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        "commit": commit,
     }
 
 
@@ -105,7 +115,9 @@ def install(report: Report) -> None:
             for name in names:
                 archive.extract(name, ROOT)
         if names:
-            report.parts["extension"] = wheel.name
+            newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+            old = ", OLDER THAN THE SOURCES" if wheel.stat().st_mtime < newest else ""
+            report.parts["extension"] = wheel.name + old
             return
     if not list(package.glob("_C*.so")) and shutil.which("nvcc"):
         report.add("build", [sys.executable, "setup.py", "build_ext", "--inplace"])
@@ -120,15 +132,18 @@ def tests(report: Report) -> None:
 
 
 def sanitize(report: Report) -> None:
-    """compute-sanitizer's memory check of some tests."""
+    """compute-sanitizer's checks of some tests."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         report.parts["sanitize"] = "compute-sanitizer is not on PATH"
         return
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    for kernels in ("cuda", "triton"):
-        command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *pytest, TESTS[0]]
-        report.add(f"sanitize-{kernels}", [*command, "-k", f"({SANITIZED}) and {kernels}"])
+    for check, (path, tests), kernels in itertools.product(
+        TOOLS, SANITIZED.items(), ("cuda", "triton")
+    ):
+        command = [tool, "--tool", check, "--error-exitcode", "9", *pytest, path]
+        name = f"sanitize-{check}-{path.split('/')[1]}-{kernels}"
+        report.add(name, [*command, "-k", f"({tests}) and {kernels}"])
 
 
 STEPS = {"tests": tests, "sanitize": sanitize}

@@ -23,5 +23,6 @@ def load_error() -> str | None:
     try:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:
-        return f"{candidates[0].name} does not load: {error}; reinstall mmkernels for this torch"
+        why = error.__cause__ or error  # torch's own names the file alone
+        return f"{candidates[0].name} does not load: {why}; reinstall mmkernels for this torch"
     return None
