@@ -81,6 +81,9 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
   }
 }
 
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
 // 2^x to 2 ulp in one instruction; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -119,7 +119,7 @@ def attention_forward(
     """out, lse, and what the emulator counted; raises on whatever it found.
 
     sm_90a is the Hopper kernel, and behind it the portable one for the rows that it marked; without
-    keys the portable one alone. csrc/attention/forward_op.cpp chooses so.
+    keys, or with a stride of 0, the portable one alone. csrc/attention/forward_op.cpp chooses so.
 
     Tensors lie where `on_device` or views of it put them.
     """
@@ -143,6 +143,8 @@ def attention_forward(
             stride = 0 if x.shape[dim] == 1 else x.stride(dim)
             setattr(p, f"stride_{name}{separator}{letter}", stride)
     name = f"{WIDTHS[head_dim]}_{SHORT[q.dtype]}"
+    if arch == "sm_90a" and not all(_boxable(x) for x in (q, k, v)):
+        arch = "sm_90"
     if arch != "sm_90a" or k.shape[1] == 0:
         result = _launch(f"forward_{name}", f"forward_{name}", arch, p, tensors, seed)
         return out, lse, result
@@ -157,6 +159,10 @@ def attention_forward(
             assert not v.isfinite().all() or not k.isfinite().all(), "rows are marked without cause"
             _launch(f"forward_{name}", f"forward_{name}", "sm_90", p, tensors, seed)
     return out, lse, result
+
+
+def _boxable(x: Tensor) -> bool:
+    return all(n == 1 or step > 0 for n, step in zip(x.shape, x.stride(), strict=True))
 
 
 def _launch(

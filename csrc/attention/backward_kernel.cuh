@@ -8,8 +8,8 @@
 //   dq = softmax_scale ds k                       the queries kernel: a tile of queries walks the keys
 //
 // The keys kernel computes s and dout v^T transposed, so that p^T and ds^T are fragments A of its products as
-// they come. Scores are computed twice, seven products where five would do: the price of sums in a fixed
-// order.
+// they come. BackwardScores are computed twice, seven products where five would do: the price of sums in a
+// fixed order.
 //
 // Tiles that every row sees in full are walked first and without any masking, then the ragged ones; all
 // others are never touched. A NaN or Inf in a key is multiplied by the 0 of a row that may not see it only in
@@ -48,7 +48,7 @@ cudaError_t launch_tiles(Kernel kernel, const AttentionBackward& p, int rows, in
   static_assert(BYTES <= 99 << 10);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
   if (error != cudaSuccess) return error;
-  kernel<<<int(blocks), Block::THREADS, BYTES, stream>>>(p, Scores(p), tiles,
+  kernel<<<int(blocks), Block::THREADS, BYTES, stream>>>(p, BackwardScores(p), tiles,
                                                          heads_in_flight(heads, unit, bytes));
   return cudaGetLastError();
 }

@@ -53,7 +53,8 @@ __device__ __forceinline__ void find_work(KeysShared<T, HEAD_DIM>& shared, const
                                           int tiles, int wave) {
   using Block = KeysBlock<HEAD_DIM>;
   static_assert(Block::ROWS <= Block::THREADS);
-  const Position at(tiles, p.batch * p.kv_heads, wave);  // of a causal mask the first keys have the most work
+  const BackwardPosition at(tiles, p.batch * p.kv_heads,
+                            wave);  // of a causal mask the first keys have the most work
   const int b = at.head / p.kv_heads, kv_h = at.head % p.kv_heads, groups = p.heads / p.kv_heads;
   const int n0 = at.tile * Block::ROWS, n1 = min(n0 + Block::ROWS, p.seqlen_k), key = n0 + threadIdx.x;
   int lo = 0, hi = p.seqlen_q;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void load_queries(KeysShared<T, HEAD_DIM>& shared, co
 template <bool MASKED, typename T, int HEAD_DIM>
 __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysShared<T, HEAD_DIM>& shared,
                                              const StayingK<T, HEAD_DIM>& k, const StayingV<T, HEAD_DIM>& v,
-                                             const AttentionBackward& p, const Scores& scores) {
+                                             const AttentionBackward& p, const BackwardScores& scores) {
   using Block = KeysBlock<HEAD_DIM>;
   const auto& walk = shared.work.walk;
   for (int step = MASKED ? walk.full_steps : 0; step < (MASKED ? walk.steps : walk.full_steps); ++step) {
@@ -147,8 +148,8 @@ __device__ __forceinline__ void walk_queries(KeysState<HEAD_DIM>& state, KeysSha
 
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(KeysBlock<HEAD_DIM>::THREADS)
-    attention_backward_keys_kernel(const __grid_constant__ AttentionBackward p, Scores scores, int tiles,
-                                   int wave) {
+    attention_backward_keys_kernel(const __grid_constant__ AttentionBackward p, BackwardScores scores,
+                                   int tiles, int wave) {
   using Block = KeysBlock<HEAD_DIM>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<KeysShared<T, HEAD_DIM>*>(memory);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void find_work(QueriesShared<T, HEAD_DIM>& shared, co
                                           int tiles, int wave) {
   using Block = QueriesBlock<HEAD_DIM>;
   static_assert(Block::ROWS <= Block::THREADS);
-  const Position at(tiles, p.batch * p.heads, wave);
+  const BackwardPosition at(tiles, p.batch * p.heads, wave);
   const int m0 = (tiles - 1 - at.tile) * Block::ROWS;  // of a causal mask the last rows have the most work
   const int b = at.head / p.heads, h = at.head % p.heads;
   const int local = threadIdx.x, row = m0 + local;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void walk_keys(Gradient<QueriesBlock<HEAD_DIM>, HEAD_
                                           QueriesShared<T, HEAD_DIM>& shared,
                                           const StayingQueries<T, HEAD_DIM>& q,
                                           const StayingQueries<T, HEAD_DIM>& dout, const AttentionBackward& p,
-                                          const Scores& scores) {
+                                          const BackwardScores& scores) {
   using Block = QueriesBlock<HEAD_DIM>;
   constexpr bool MASKED = TILES != Tiles::FULL, CLEAN = TILES == Tiles::CLEAN;
   const auto& walk = shared.work.walk;
@@ -133,8 +133,8 @@ __device__ __forceinline__ bool not_finite(const Gradient<QueriesBlock<HEAD_DIM>
 
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(QueriesBlock<HEAD_DIM>::THREADS)
-    attention_backward_queries_kernel(const __grid_constant__ AttentionBackward p, Scores scores, int tiles,
-                                      int wave) {
+    attention_backward_queries_kernel(const __grid_constant__ AttentionBackward p, BackwardScores scores,
+                                      int tiles, int wave) {
   using Block = QueriesBlock<HEAD_DIM>;
   extern __shared__ __align__(16) unsigned char memory[];
   auto& shared = *reinterpret_cast<QueriesShared<T, HEAD_DIM>*>(memory);

@@ -12,8 +12,6 @@
 
 namespace mmkernels {
 
-constexpr float LOG2E = 1.4426950408889634f;
-
 template <int WARPS_, int ROW_TILES_, int COLS_>
 struct BlockShape {
   static constexpr int WARPS = WARPS_;
@@ -43,12 +41,12 @@ __device__ __forceinline__ int row_of(int r, int i) {
 __device__ __forceinline__ int col_of(int n, int i) { return n * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
 // Numbers that turn raw products into exponents of 2, and their gradients into those of dq and dk.
-struct Scores {
+struct BackwardScores {
   float c;             // softmax_scale log2(e), or 1 with softcap
   float inner, outer;  // outer * tanh(inner * s); outer is 0 without softcap
   float softmax_scale;
 
-  explicit Scores(const AttentionBackward& p)
+  explicit BackwardScores(const AttentionBackward& p)
       : c(p.softmax_scale * LOG2E), inner(0.0f), outer(0.0f), softmax_scale(p.softmax_scale) {
     if (p.softcap > 0.0f) c = 1.0f, inner = p.softmax_scale / p.softcap, outer = p.softcap * LOG2E;
   }
@@ -69,10 +67,10 @@ __device__ __forceinline__ float exponent_of_lse(float lse) {
 
 // Which tile of which head a block takes. Of all heads `wave` run side by side, tile by tile, so that what
 // they stream stays in L2.
-struct Position {
+struct BackwardPosition {
   int tile, head;
 
-  __device__ __forceinline__ Position(int tiles, int heads, int wave) {
+  __device__ __forceinline__ BackwardPosition(int tiles, int heads, int wave) {
     const int first = blockIdx.x / (tiles * wave) * wave;
     const int size = min(wave, heads - first);
     const int rest = blockIdx.x - first * tiles;
@@ -242,7 +240,7 @@ __device__ __forceinline__ void multiply(Gradient<Block, HEAD_DIM>& gradient, co
 template <typename T, class Block, bool KEYS, bool MASKED>
 __device__ __forceinline__ void score_gradient(Products<Block>& s, Products<Block>& dp,
                                                const Queries<KEYS ? Block::COLS : Block::ROWS>& queries,
-                                               int first_key, const Scores& scores) {
+                                               int first_key, const BackwardScores& scores) {
 #pragma unroll
   for (int r = 0; r < Block::ROW_TILES; ++r)
 #pragma unroll
@@ -284,7 +282,7 @@ __device__ __forceinline__ void score_gradient(Products<Block>& s, Products<Bloc
 
 // What is left to multiply dq and dk with.
 template <typename T>
-__device__ __forceinline__ float rest_of_scale(const Scores& scores) {
+__device__ __forceinline__ float rest_of_scale(const BackwardScores& scores) {
   return std::is_same_v<T, __half> ? 1.0f : scores.softmax_scale;
 }
 

@@ -4,12 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../ptx.cuh"
 #include "forward.h"
 
 namespace mmkernels {
-
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
 
 // What turns raw products into exponents of 2.
 struct Scores {

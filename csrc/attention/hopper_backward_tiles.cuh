@@ -14,7 +14,6 @@
 
 namespace mmkernels::hopper {
 
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr int ROWS = 64;     // of a tile
 constexpr int COLUMNS = 64;  // of a part of a tile: 128 bytes
 constexpr int GROUPS = 2;    // consumer warpgroups
