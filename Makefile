@@ -50,8 +50,8 @@ test-all: lint  ## lint, types, and all tests
 	$(VENV)/bin/python -m pytest -m "not compiled" --benchmark-skip $(ARGS)
 	TRITON_INTERPRET=0 $(VENV)/bin/python -m pytest -m "compiled" $(PARALLEL) --benchmark-skip $(ARGS)
 
-test-minimal: $(MINIMAL)/.installed  ## the same tests on a CPU-only torch without any optional package
-	$(MINIMAL)/bin/python -m pytest -m "not slow and not gpu and not compiled" $(ARGS)
+test-minimal: $(MINIMAL)/.installed  ## the same tests, but nvcc's, on a CPU-only torch without any optional package
+	$(MINIMAL)/bin/python -m pytest -m "not slow and not gpu and not compiled and not nvcc" $(ARGS)
 
 test-transformers: $(WITH_TRANSFORMERS:%=%/.installed)  ## the tests of transformers models, on 4.57 and 5.18
 	for venv in $(WITH_TRANSFORMERS); do \
