@@ -44,10 +44,9 @@ void patch_embed_weight(const Tensor& dout, const Tensor& pixels, const std::opt
   check_kind("dout", dout, device, dtype);
   check_kind("partial", partial, device, ScalarType::Float);
   check_kind("dweight", dweight, device, ScalarType::Float);
-  for (const auto& [name, x] : {std::pair{"dout", &dout}, {"partial", &partial}, {"dweight", &dweight}}) {
-    STD_TORCH_CHECK(x->is_contiguous(), name, " must be contiguous");
-    check_copyable(name, *x);
-  }
+  for (const auto& [name, x] : {std::pair{"dout", &dout}, {"partial", &partial}, {"dweight", &dweight}})
+    STD_TORCH_CHECK(x->is_contiguous() && uintptr_t(x->data_ptr()) % 16 == 0, name,
+                    " must be contiguous and start at a multiple of 16 bytes");
 
   PatchWeight p = {};
   fill_grid(p, pixels, grid, step_h, step_w);
