@@ -2,12 +2,15 @@
 
 import contextlib
 import ctypes
+import functools
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from mmkernels.attention import cuda_backward
@@ -23,6 +26,12 @@ STRUCTS = {
     "patch_forward": PatchForward,
     "patch_weight": PatchWeight,
 }
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+MARKS = [  # of the tests that compile the ops
+    pytest.mark.nvcc,
+    pytest.mark.skipif(not CSRC.exists(), reason="mmkernels is not imported from a source tree"),
+    pytest.mark.skipif(TORCH < (2, 11), reason="the extension needs torch 2.11"),
+]
 RECORD = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
@@ -68,19 +77,23 @@ def fields(p: ctypes.Structure) -> dict[str, Any]:
     return {name: getattr(p, name) for name, *_ in p._fields_}
 
 
-def compiled(folder: Path) -> Path:
-    """The ops as a library in a folder."""
-    text = (CSRC / "ops.cpp").read_text()  # CPU tensors, and no clash with the extension
-    text = text.replace("mmkernels_cuda", "mmkernels_recorded").replace(", CUDA,", ", CPU,")
-    (folder / "ops.cpp").write_text(text)
-    sources = [folder / "ops.cpp", Path(__file__).parent / "recording.cpp", *CSRC.rglob("*_op.cpp")]
-    installed = Path(torch.__file__).parent
-    nvcc = ["nvcc", "-shared", "-cudart=none", "-O0", "-std=c++17", "--threads=2"]
-    nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=-Bsymbolic"]
-    nvcc += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{installed}/include"]
-    nvcc += [f"-L{installed}/lib", "-ltorch_cpu"]
-    done = subprocess.run(
-        [*nvcc, *sources, "-o", folder / "ops.so"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "ops.so"
+@functools.cache  # a process can register the ops once
+def compiled() -> Recorder:
+    """The ops, from the sources as they are."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = (CSRC / "ops.cpp").read_text()  # for CPU tensors, and beside the extension
+        text = text.replace("mmkernels_cuda", "mmkernels_recorded").replace(", CUDA,", ", CPU,")
+        (folder / "ops.cpp").write_text(text)
+        sources = [folder / "ops.cpp", Path(__file__).parent / "recording.cpp"]
+        installed = Path(torch.__file__).parent
+        nvcc = ["nvcc", "-shared", "-cudart=none", "-O0", "-std=c++17"]
+        # Symbolic: what recording.cpp stands in for is found there, not in torch.
+        nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-Xlinker=-Bsymbolic"]
+        nvcc += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}", f"-I{installed}/include"]
+        nvcc += [f"-L{installed}/lib", "-ltorch_cpu", "-o", str(folder / "ops.so")]
+        done = subprocess.run(
+            [*nvcc, *sources, *CSRC.rglob("*_op.cpp")], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return Recorder(folder / "ops.so")
