@@ -14,22 +14,22 @@ SHOWN int capability = 80;
 SHOWN int launch_error = 0;
 SHOWN void (*record)(const char* launcher, const void* parameters, size_t size, cudaStream_t stream);
 
-#define RECORDER(TYPE, NAME)                                              \
+#define RECORDER(TYPE, NAME)                                                 \
   cudaError_t NAME(const mmkernels::TYPE* parameters, cudaStream_t stream) { \
-    record(#NAME, parameters, sizeof(*parameters), stream);               \
-    return cudaError_t(launch_error);                                     \
+    record(#NAME, parameters, sizeof(*parameters), stream);                  \
+    return cudaError_t(launch_error);                                        \
   }
 #define BOTH_DTYPES(TYPE, NAME) \
   RECORDER(TYPE, NAME##_bf16)   \
   RECORDER(TYPE, NAME##_fp16)
-#define ATTENTION(D)                                                          \
-  BOTH_DTYPES(AttentionForward, mmkernels_attention_forward_##D)              \
-  BOTH_DTYPES(AttentionForward, mmkernels_attention_forward_sm90_##D)         \
-  BOTH_DTYPES(AttentionBackward, mmkernels_attention_backward_##D)            \
+#define ATTENTION(D)                                                  \
+  BOTH_DTYPES(AttentionForward, mmkernels_attention_forward_##D)      \
+  BOTH_DTYPES(AttentionForward, mmkernels_attention_forward_sm90_##D) \
+  BOTH_DTYPES(AttentionBackward, mmkernels_attention_backward_##D)    \
   BOTH_DTYPES(AttentionBackward, mmkernels_attention_backward_sm90_##D)
-#define PATCH(P)                                                \
-  BOTH_DTYPES(PatchForward, mmkernels_patch_forward_##P)        \
-  BOTH_DTYPES(PatchForward, mmkernels_patch_forward_sm90_##P)   \
+#define PATCH(P)                                              \
+  BOTH_DTYPES(PatchForward, mmkernels_patch_forward_##P)      \
+  BOTH_DTYPES(PatchForward, mmkernels_patch_forward_sm90_##P) \
   BOTH_DTYPES(PatchWeight, mmkernels_patch_weight_##P)
 ATTENTION(64)
 ATTENTION(80)

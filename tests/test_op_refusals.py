@@ -1,4 +1,4 @@
-"""What the C++ ops refuse, whoever calls them: Python's own checks are not asked here."""
+"""What the C++ ops refuse or keep from Hopper's kernels, whatever Python asks before them."""
 
 import re
 from typing import Any
@@ -236,3 +236,28 @@ def test_a_failed_launch_raises(op, recorder):
     with recorder.gpu(90, launch_error=1) as ops, said:
         getattr(ops, op)(**ARGUMENTS[op]())
     assert len(recorder.launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        *(("attention_forward", name) for name in ("q", "k", "v")),
+        *(("attention_backward", name) for name in ("q", "k", "v", "dout")),
+    ],
+)
+def test_copies_by_tma_step_on(op, name, recorder):
+    """A stride of 0 is left to the portable kernel."""
+    arguments = ARGUMENTS[op]()
+    with recorder.gpu(90) as ops:
+        getattr(ops, op)(**arguments)
+        assert "sm90" in recorder.launches[0][0]
+        recorder.launches.clear()
+        arguments[name] = arguments[name][:, :1].expand(arguments[name].shape)
+        getattr(ops, op)(**arguments)
+    assert [name for name, _ in recorder.launches] == [f"{op}_64_bf16"]
+
+
+def test_tma_takes_padded_weights_alone(recorder):
+    with recorder.gpu(90) as ops:
+        ops.patch_embed_forward(**patch_forward_arguments(14))
+    assert [name for name, _ in recorder.launches] == ["patch_forward_14_bf16"]

@@ -1,5 +1,6 @@
 """The C++ ops without a GPU: compiled over launchers that record what they are given."""
 
+import math
 from typing import Any
 from unittest import mock
 
@@ -153,7 +154,10 @@ def test_patch_embed(layout, statistics, patch, dtype, capability, recorder):
     if layout == "one image for all":
         pixels = pixels[:1].expand(shape)
     options = {name: x.to(dtype) for name, x in weights(40, 3, patch, patch).items()}
-    options |= {"prefix_tokens": normal(2, 40).float(), "pos_embed": normal(11, 40).to(dtype)}
+    stride = (8, 8 if patch == 14 else 16)
+    tokens = math.prod((n - patch) // s + 1 for n, s in zip(shape[2:], stride, strict=True))
+    pos = normal(*([batch] if layout == "dense" else []), 2 + tokens, 40).to(dtype)
+    options |= {"prefix_tokens": normal(2, 40).float(), "pos_embed": pos, "stride": stride}
     options |= statistics or {}
     call = build("patch_embed", [pixels], **options)
     if reason := patch_cuda._call_why_not(call):
@@ -163,6 +167,7 @@ def test_patch_embed(layout, statistics, patch, dtype, capability, recorder):
     with (
         recorder.gpu(capability) as ops,
         mock.patch.object(torch.ops, "mmkernels_cuda", both := Both(ops, capability)),
+        mock.patch.object(patch_cuda, "_splits", lambda *_: 3),
     ):
         out = patch_cuda.forward(*call)
         patch_cuda.backward(torch.ones_like(out), *call, wanted)
