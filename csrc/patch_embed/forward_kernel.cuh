@@ -85,11 +85,10 @@ __device__ __forceinline__ void load_weight(Stage& stage, const Shared& shared, 
 template <typename T>
 __device__ __forceinline__ void multiply(Products& acc, Stage& stage, int k) {
   const int lane = threadIdx.x % 32;
-  const uint32_t a_tile = swizzled<BLOCK_K * 2>(shared_address(stage.pixels), warp_row() + lane % 16,
-                                                k * 2 + lane / 16 * 16);
-  const uint32_t b_tile =
-      swizzled<BLOCK_K * 2>(shared_address(stage.weight), warp_column() + lane / 16 * 8 + lane % 8,
-                            k * 2 + lane / 8 % 2 * 16);
+  const uint32_t a_tile =
+      swizzled<BLOCK_K * 2>(shared_address(stage.pixels), warp_row() + lane % 16, k * 2 + lane / 16 * 16);
+  const uint32_t b_tile = swizzled<BLOCK_K * 2>(
+      shared_address(stage.weight), warp_column() + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2 * 16);
   uint32_t a[TILES][4];
 #pragma unroll
   for (int m = 0; m < TILES; ++m) load_matrices(a[m], a_tile + m * 16 * BLOCK_K * 2);

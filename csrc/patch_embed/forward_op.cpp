@@ -1,8 +1,7 @@
 // The patch embedding's forward pass as an op: checks its tensors, fills the kernel's parameters and launches
 // it.
-#include "forward.h"
-
 #include "check.h"
+#include "forward.h"
 #include "ops.h"
 #include "pixel_check.h"
 
@@ -16,9 +15,11 @@ struct Launchers {
 };
 
 Launchers launchers(int64_t patch, bool bfloat16) {
-#define MMKERNELS_LAUNCHERS(PATCH)                                                                         \
+#define MMKERNELS_LAUNCHERS(PATCH)                                                                          \
   bfloat16 ? Launchers{mmkernels_patch_forward_##PATCH##_bf16, mmkernels_patch_forward_sm90_##PATCH##_bf16} \
-           : Launchers{mmkernels_patch_forward_##PATCH##_fp16, mmkernels_patch_forward_sm90_##PATCH##_fp16}
+           : Launchers {                                                                                    \
+    mmkernels_patch_forward_##PATCH##_fp16, mmkernels_patch_forward_sm90_##PATCH##_fp16                     \
+  }
   switch (patch) {
     case 14:
       return MMKERNELS_LAUNCHERS(14);
@@ -56,17 +57,17 @@ void patch_embed_forward(const Tensor& pixels, const Tensor& weight, const std::
   const PatchGrid grid = patch_grid(pixels, channels, patch, row, step_h, step_w, dtype);
   const int64_t prefix_rows = prefix.has_value() ? prefix->size(1) : 0;
   const int64_t sample_rows = prefix_rows + grid.h * grid.w;
+  STD_TORCH_CHECK(dim % 8 == 0, "the weight has ", dim, " rows, no multiple of 8");
   check_sizes("out", out, {grid.batch * sample_rows, dim});
   check_kind("weight", weight, device, dtype);
   check_kind("out", out, device, dtype);
   check_copyable("out", out);
-  const bool whole_rows = weight.stride(3) == 1 && weight.stride(2) == row &&
-                          (channels == 1 || weight.stride(1) == patch * row);
+  const bool whole_rows =
+      weight.stride(3) == 1 && weight.stride(2) == row && (channels == 1 || weight.stride(1) == patch * row);
   STD_TORCH_CHECK(whole_rows && weight.stride(0) % 4 == 0 && uintptr_t(weight.data_ptr()) % 16 == 0,
                   "weight must start at a multiple of 16 bytes, its rows be contiguous, and start at "
                   "multiples of 4 elements");
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
-  STD_TORCH_CHECK(dim % 8 == 0, "the weight has ", dim, " rows, no multiple of 8");
 
   PatchForward p = {};
   fill_grid(p, pixels, grid, step_h, step_w);

@@ -49,7 +49,7 @@ struct Shared {
   Stage stages[STAGES];
   Staged staged[CONSUMERS * WARPS];
   int64_t pos[CONSUMERS * WARPS][32], prefix[CONSUMERS * WARPS][32];  // of each warp's rows
-  const void* patch[2][BLOCK_M];                                     // of this tile and the next one
+  const void* patch[2][BLOCK_M];                                      // of this tile and the next one
   uint64_t full[STAGES], empty[STAGES];
 };
 

@@ -19,8 +19,8 @@ struct PatchWeight {
   float* partial;
   float* dweight;
   int64_t stride_xb, stride_xc, stride_xh;  // in elements
-  int32_t batch, channels, row, dim;       // row: R
-  int32_t grid_h, grid_w, step_h, step_w;  // patches of a sample, and pixels from one to the next
+  int32_t batch, channels, row, dim;        // row: R
+  int32_t grid_h, grid_w, step_h, step_w;   // patches of a sample, and pixels from one to the next
   int32_t prefix_rows;
   int32_t splits;  // shares of the patches that are summed apart
   bool bytes;      // pixels are uint8

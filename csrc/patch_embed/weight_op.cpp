@@ -1,10 +1,9 @@
 // The gradient of the patch embedding's weight as an op: checks its tensors, fills the kernel's parameters
 // and launches it.
-#include "weight.h"
-
 #include "check.h"
 #include "ops.h"
 #include "pixel_check.h"
+#include "weight.h"
 
 namespace mmkernels {
 namespace {
