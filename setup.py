@@ -1,8 +1,8 @@
 """Builds the compiled extension `mmkernels/_C.so` where that is possible; metadata: pyproject.toml.
 
 It keeps to LibTorch's stable ABI and holds no Python: one file for every Python and every torch
-from TARGET on, built for CUDA or not. Without it the package is pure Python. README, "Install", has
-the environment variables; MMKERNELS_INSTANCES=ci is for tests: the common sizes in bfloat16.
+from TARGET on, built for CUDA or not. README, "Install", has the environment variables;
+MMKERNELS_INSTANCES=ci is for tests: the common sizes in bfloat16.
 """
 
 import os
@@ -20,8 +20,6 @@ TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 ARCHITECTURES = "8.0+PTX;9.0a"
 # Beside code for 9.0 and 9.0a the driver would choose what runs; PTX of 9.0a runs on nothing else.
 MEANING = {"9.0": ["9.0a"], "9.0+PTX": ["9.0a", "8.0+PTX"]}
-OLDEST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
-CI_SOURCES = r"\.cpp$|_(64|128|14|16|delta)_bf16\.cu$"
 CSRC = Path(__file__).parent / "csrc"
 
 
@@ -30,18 +28,16 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)[:2]))
 
 
-def cuda_home() -> str | None:
-    """The CUDA toolkit; nvcc on PATH may be a script that lies elsewhere."""
+def cuda_home() -> str:
+    """The CUDA toolkit, if it is there; nvcc on PATH may be a script that lies elsewhere."""
     if home := os.environ.get("CUDA_HOME"):
         return home
-    if Path("/usr/local/cuda/bin/nvcc").exists():
-        return "/usr/local/cuda"
-    if shutil.which("nvcc"):
+    if not Path("/usr/local/cuda/bin/nvcc").exists() and shutil.which("nvcc"):
         command = ["nvcc", "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null"]
         lines = subprocess.run(command, capture_output=True, text=True).stderr
         if found := re.search(r"^#\$ TOP=(.+)$", lines, re.M):
             return str(Path(found[1]).resolve())
-    return None
+    return "/usr/local/cuda"
 
 
 def architectures() -> list[str]:
@@ -65,14 +61,13 @@ def why_not() -> str | None:
     if not any(shutil.which("ninja", path=path) for path in (None, Path(sys.executable).parent)):
         return "ninja is not installed; pip install ninja"
     home = cuda_home()
-    if home is None or not (Path(home) / "bin" / "nvcc").exists():
+    if not (Path(home) / "bin" / "nvcc").exists():
         return "nvcc was not found; install the CUDA toolkit or set CUDA_HOME"
     text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release ([\d.]+)", text) or ["", "unknown"]
-    if version(found[1]) < OLDEST_CUDA:
+    if version(found[1]) < (12, 5):  # the first with cudaGetDriverEntryPointByVersion
         return f"nvcc is of CUDA {found[1]}; 12.5 or newer is needed"
-    built = torch.version.cuda
-    if built and version(found[1])[0] != version(built)[0]:
+    if (built := torch.version.cuda) and version(found[1])[0] != version(built)[0]:
         return f"nvcc is of CUDA {found[1]}, torch of CUDA {built}; set CUDA_HOME to the latter"
     if not architectures():
         return f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']} names no GPU from 8.0 on"
@@ -81,19 +76,17 @@ def why_not() -> str | None:
 
 def extension() -> tuple[list, dict]:
     """The extension module and the command that builds it; prints what that is built for."""
-    home, names = cuda_home(), architectures()
+    home, names, left_out = cuda_home(), architectures(), ""
     paths = sorted(path.relative_to(CSRC.parent) for path in CSRC.rglob("*.c[pu]*"))
     sources = [str(path) for path in paths if path.suffix != ".cuh"]
     if os.environ.get("MMKERNELS_INSTANCES") == "ci":
-        sources = [source for source in sources if re.search(CI_SOURCES, source)]
-    left_out = ""
+        sources = [x for x in sources if re.search(r"\.cpp$|_(64|128|14|16|delta)_bf16\.cu$", x)]
     if "9.0a" not in " ".join(names):
         sources = [source for source in sources if "/hopper_" not in source]
         left_out = ", without the Hopper kernels: TORCH_CUDA_ARCH_LIST does not name 9.0a"
     print(f"mmkernels: extension built for {' '.join(names)}{left_out}", file=sys.stderr)
-    os.environ["CUDA_HOME"] = home
+    os.environ.update(CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=";".join(names))
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = home  # None in a torch built without CUDA
@@ -128,12 +121,10 @@ for name, known in CHOICES.items():
     if (given := os.environ.get(name, known[0])) not in known:
         sys.exit(f"mmkernels: {name}={given} is not one of {', '.join(known)}")
 wanted = os.environ.get("MMKERNELS_BUILD_CUDA", "auto")
-modules, commands = [], {}
 if reason := "MMKERNELS_BUILD_CUDA=0" if wanted == "0" else why_not():
-    line = f"mmkernels: extension not built: {reason}"
-    sys.exit(f"{line}, and MMKERNELS_BUILD_CUDA=1") if wanted == "1" else print(
-        line, file=sys.stderr
-    )
-else:
-    modules, commands = extension()
+    reason = f"mmkernels: extension not built: {reason}"
+    if wanted == "1":
+        sys.exit(f"{reason}, and MMKERNELS_BUILD_CUDA=1")
+    print(reason, file=sys.stderr)
+modules, commands = ([], {}) if reason else extension()
 setup(ext_modules=modules, cmdclass={"bdist_wheel": Wheel, **commands})
