@@ -3,6 +3,7 @@
 
 #include "check.h"
 #include "forward.h"
+#include "inputs.h"
 #include "instances.h"
 #include "ops.h"
 
@@ -57,14 +58,9 @@ void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const 
     p.stride_start_s = start->stride(1);
     p.stride_end_s = end->stride(1);
   }
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
+  fill_inputs(p, q, k, v, softmax_scale, softcap);
+  p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
-  p.stride_qb = step(q, 0), p.stride_qs = step(q, 1), p.stride_qh = step(q, 2);
-  p.stride_kb = step(k, 0), p.stride_ks = step(k, 1), p.stride_kh = step(k, 2);
-  p.stride_vb = step(v, 0), p.stride_vs = step(v, 1), p.stride_vh = step(v, 2);
-  p.batch = int32_t(batch), p.seqlen_q = int32_t(seqlen_q), p.seqlen_k = int32_t(seqlen_k);
-  p.heads = int32_t(heads), p.kv_heads = int32_t(kv_heads), p.head_dim = int32_t(head_dim);
-  p.softmax_scale = float(softmax_scale), p.softcap = float(softcap);
 
   const auto launch = launchers(head_dim, dtype == ScalarType::BFloat16);
   STD_TORCH_CHECK(launch.portable != nullptr, "this build has no kernel for a head dim of ", head_dim);
