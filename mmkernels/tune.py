@@ -9,13 +9,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from mmkernels._core import triton_runtime, tuning, tuning_store
+from mmkernels._core.progress import progress
 from mmkernels._core.triton_runtime import Gpu
 from mmkernels._core.tuning import Config, Problem
 from mmkernels._core.tuning_cases import Case, make_case
@@ -70,37 +70,13 @@ def tune(
     if quick:
         plans = {problem: neighbours(configs) for problem, configs in plans.items()}
     results = []
-    with _progress(sum(map(len, plans.values()))) as step:
+    with progress(sum(map(len, plans.values())), "config") as step:
         for problem, configs in plans.items():
             results.append(search(problem, make, configs, measure, step))
             if (found := entry(results[-1])) is not None:
                 tuning_store.merge(gpu.name, [found])
     tuning.forget()
     return results
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        done = 0
-
-        def step(name: str) -> None:
-            nonlocal done
-            done += 1
-            print(f"\r{done}/{total} {name}\033[K", end="", file=sys.stderr, flush=True)
-
-        yield step
-        print(file=sys.stderr)
-        return
-    with tqdm(total=total, unit="config") as bar:
-
-        def advance(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
-        yield advance
 
 
 def render(result: Result) -> str:
