@@ -9,6 +9,7 @@ from mmkernels import __version__
 VERBS = {
     "doctor": "what is installed, which backend would run, and why not the others",
     "demo": "real weights, real text and a real photograph, beside eager PyTorch and SDPA",
+    "bench": "time attention, patch embedding and whole models beside their best peers",
     "tune": "measure the Triton kernels' tile sizes on this GPU and keep the best",
 }
 
@@ -19,6 +20,10 @@ def run(verb: str, argv: list[str]) -> int:
         from mmkernels import demo
 
         return demo.main(argv)
+    if verb == "bench":
+        from mmkernels.bench import cli
+
+        return cli.main(argv)
     if verb == "tune":
         from mmkernels import tune
 

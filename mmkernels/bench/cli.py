@@ -1,0 +1,82 @@
+"""The command line of `python -m mmkernels bench`."""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from mmkernels._core.progress import progress
+from mmkernels.bench import environment, report, run, suites
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, and writes the JSON with its tables and plots beside it.
+
+    Args:
+        argv: the arguments; None: the process's.
+
+    Returns:
+        The exit code: 0; 1 if a result of mmkernels is wrong or a case of it fails.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m mmkernels bench",
+        description="Time mmkernels beside its best peers, after checking the results of all.",
+        epilog="Suites: " + "; ".join(f"{name}: {text}" for name, text in suites.SUITES.items()),
+    )
+    parser.add_argument("--suite", nargs="+", choices=suites.SUITES, default=list(suites.SUITES))
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="on a GPU a few telling cases; on a CPU tiny sizes: a smoke test, not a result",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: mmkernels-bench-<device>-<date>.json"
+    )
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="begin no case after so many seconds"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: make the tables and plots of this JSON again",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.report is not None:
+        return _render(arguments.report)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    slug = environment.device_name(device).replace(" ", "-")
+    path = arguments.json or Path(f"mmkernels-bench-{slug}-{datetime.date.today()}.json")
+    cases = suites.cases(arguments.suite, device, arguments.quick)
+    command = " ".join(("python -m mmkernels bench", *(argv if argv is not None else sys.argv[2:])))
+    with progress(len(cases), "case") as step:
+        data = run.measured(
+            cases,
+            device,
+            quick=arguments.quick,
+            command=command,
+            limit=arguments.limit,
+            save=lambda data: run.write(path, data),
+            step=step,
+        )
+    return _render(path) or int(any(record["failed"] for record in data["records"]))
+
+
+def _render(path: Path) -> int:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"mmkernels bench: {path} is no JSON of a run: {error}", file=sys.stderr)
+        return 2
+    if not isinstance(data, dict) or data.get("schema") != run.SCHEMA:
+        print(
+            f"mmkernels bench: {path} is no JSON of a run of this version (schema {run.SCHEMA})",
+            file=sys.stderr,
+        )
+        return 2
+    print(report.text(data))
+    print("written:", *(str(written) for written in report.write(data, path)))
+    return 0

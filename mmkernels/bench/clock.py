@@ -1,0 +1,210 @@
+"""Clocks: seconds of a call on a CPU or a GPU, and calls that take turns on one of them."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+# A sample shorter than this holds more of the clock than of the call: it repeats the call.
+SHORTEST_SAMPLE = 1e-3
+# Below this, what a GPU takes is less than what launching costs: replays of a graph are timed.
+LAUNCH_BOUND = 50e-6
+GRAPHED_CALLS = 20
+
+
+class Turns(NamedTuple):
+    """How often each implementation runs.
+
+    Attributes:
+        least: samples of each.
+        most: likewise.
+        seconds: of an implementation, between those two.
+    """
+
+    least: int
+    most: int
+    seconds: float
+
+
+# On a GPU warmed up for as long before the first sample.
+FULL, QUICK = Turns(7, 50, 0.8), Turns(5, 30, 0.1)
+WARM_UP = 0.025
+
+
+class Timed(NamedTuple):
+    """A call made ready for the clock.
+
+    Attributes:
+        sample: takes one sample: seconds of one call.
+        estimate: seconds that a sample costs in all, with repeats and preparation.
+        timer: what was timed: "host", "events" or "graph".
+        launch: seconds that the host needs to launch a call; None where that is no matter.
+    """
+
+    sample: Callable[[], float]
+    estimate: float
+    timer: str
+    launch: float | None
+
+
+class Clock(Protocol):
+    """Times calls on one device."""
+
+    def ready(self, call: Callable[[], object]) -> Timed:
+        """Warms a call up and decides how it is timed."""
+
+    def synchronize(self) -> None:
+        """Waits for all that was launched."""
+
+
+class HostClock:
+    """For a CPU: the wall clock."""
+
+    def ready(self, call: Callable[[], object]) -> Timed:
+        """Repeats calls that are too short for the clock."""
+        call()
+        start = time.perf_counter()
+        call()
+        repeats = math.ceil(SHORTEST_SAMPLE / max(time.perf_counter() - start, 1e-9))
+
+        def sample() -> float:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats
+
+        return Timed(sample, sample() * repeats, "host", None)
+
+    def synchronize(self) -> None:
+        """Nothing: a call returns when it is done."""
+
+
+class DeviceClock:
+    """For a GPU: events around a call, or around the replay of a graph of many short ones.
+
+    Before every sample the L2 cache is overwritten, and the GPU kept busy while the host launches,
+    so that the time between two events is the device's alone. A graph's calls find a warm cache.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device=device)
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def synchronize(self) -> None:
+        """Waits for all that was launched."""
+        torch.cuda.synchronize()
+
+    def ready(self, call: Callable[[], object]) -> Timed:
+        """Warms up, then takes a graph if a call is shorter than its launch."""
+        self.synchronize()
+        began, calls = time.perf_counter(), 0
+        while calls < 3 or time.perf_counter() - began < WARM_UP:
+            call()
+            self.synchronize()
+            calls += 1
+        start = time.perf_counter()
+        for _ in range(GRAPHED_CALLS):
+            call()
+        launch = (time.perf_counter() - start) / GRAPHED_CALLS
+        self.synchronize()
+        cycles = int(1.5e9 * min(launch, 5e-3))  # at about 2 GHz, what most launches take
+
+        def sample() -> float:
+            self._flush.zero_()
+            torch.cuda._sleep(cycles)
+            return self._between(call)
+
+        sample()
+        start = time.perf_counter()
+        seconds = sample()
+        estimate = time.perf_counter() - start
+        if seconds >= LAUNCH_BOUND:
+            return Timed(sample, estimate, "events", None)
+        replay = _graph(call)
+        if replay is None:
+            return Timed(sample, estimate, "events", launch)
+        return Timed(lambda: self._between(replay) / GRAPHED_CALLS, 2 * estimate, "graph", launch)
+
+    def _between(self, call: Callable[[], object]) -> float:
+        self._start.record()
+        call()
+        self._end.record()
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1e3
+
+
+def _graph(call: Callable[[], object]) -> Callable[[], object] | None:
+    """Replays many calls; None where a call cannot be captured, as when it waits for the GPU."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPHED_CALLS):
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def of(device: torch.device) -> Clock:
+    """The clock of a device.
+
+    Raises:
+        ValueError: it is neither a CPU nor a CUDA (or ROCm) device.
+    """
+    if device.type == "cpu":
+        return HostClock()
+    if device.type == "cuda":
+        return DeviceClock(device)
+    raise ValueError(f"device is {device}; benchmarks run on cpu and cuda devices")
+
+
+def take_turns(timed: Mapping[str, Timed], turns: Turns) -> dict[str, list[float | None]]:
+    """Seconds of every implementation by round, A, B, A, B, ...; None in rounds without it.
+
+    What slows the machine down for a while then slows all of them, and leaves their ratios alone.
+    A slow one takes part in fewer rounds, spread over all of them.
+    """
+    counts = {
+        name: min(turns.most, max(turns.least, int(turns.seconds / max(one.estimate, 1e-9))))
+        for name, one in timed.items()
+    }
+    rounds = max(counts.values())
+    times: dict[str, list[float | None]] = {name: [] for name in timed}
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            for name, one in timed.items():
+                count = counts[name]
+                due = (index + 1) * count // rounds > index * count // rounds
+                times[name].append(one.sample() if due else None)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return times
+
+
+def summary(times: Sequence[float | None]) -> dict[str, object]:
+    """Median and interquartile range in seconds, with the times that they come from."""
+    taken = [x for x in times if x is not None]
+    low, _, high = statistics.quantiles(taken, n=4, method="inclusive")
+    return {"median_s": statistics.median(taken), "iqr_s": high - low, "times_s": taken}
+
+
+def speedup(ours: Sequence[float | None], peer: Sequence[float | None]) -> dict[str, float]:
+    """How often faster than the peer: by the medians, and the median of each round's ratio."""
+    pairs = [(a, b) for a, b in zip(ours, peer, strict=True) if a is not None and b is not None]
+    mine = statistics.median(x for x in ours if x is not None)
+    return {
+        "ratio": statistics.median(x for x in peer if x is not None) / mine,
+        "pairwise_ratio": statistics.median(b / a for a, b in pairs),
+    }
