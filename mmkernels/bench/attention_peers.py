@@ -1,0 +1,200 @@
+"""Who computes attention beside mmkernels: torch's own functions.
+
+The form of each is the one that does least for it: no mask, `is_causal`, or an additive mask in q's
+dtype made before the clock starts. Torch's functions get transposed views of (B, S, H, D), which
+cost nothing. Other libraries are in `attention_libraries.py`.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import mmkernels as mm
+from mmkernels.bench import attention_libraries
+from mmkernels.bench.attention_masks import BenchMask
+from mmkernels.bench.attention_problem import Attention, AttentionProblem, Size
+from mmkernels.bench.case import OURS, Unavailable
+from mmkernels.bench.compiling import compiled
+
+Prepare = Callable[[AttentionProblem], Attention]
+
+
+def peers(mask: BenchMask, size: Size, device: torch.device, telling: bool) -> dict[str, Prepare]:
+    """Name -> implementation, `OURS` first.
+
+    Args:
+        mask: of the case.
+        size: likewise.
+        device: likewise.
+        telling: also those that are slow to time (they materialise the scores) or to compile.
+    """
+    gpu = device.type == "cuda"
+    given = " (dense mask)" if mask.dense else " (is_causal)" if mask.causal else ""
+    found: dict[str, Prepare] = {OURS: ours()}
+    if gpu:
+        found |= {f"{OURS} {backend}": ours(backend) for backend in ("triton", "cuda")}
+    if mask.dense:
+        found[f"{OURS}, mask built inside"] = ours(inside=True)
+    found[f"SDPA{given}"] = sdpa()
+    if mask.dense and size.heads != size.kv_heads:
+        found["SDPA (dense mask, repeated keys)"] = sdpa(repeated=True)
+    if mask.lengths and not mask.padded:
+        found["SDPA (a call for each image)"] = sdpa_by_image
+    if gpu:
+        found |= {
+            f"SDPA flash{given}": sdpa(SDPBackend.FLASH_ATTENTION),
+            # Of the kernels that take a mask these know no grouped heads.
+            f"SDPA efficient{given}": sdpa(SDPBackend.EFFICIENT_ATTENTION, repeated=True),
+            f"SDPA cudnn{given}": sdpa(SDPBackend.CUDNN_ATTENTION),
+        } | attention_libraries.LIBRARIES
+    if telling:
+        found[f"SDPA math{given}"] = sdpa(SDPBackend.MATH)
+        found["eager"] = eager
+        found["torch.compile"] = compiled_eager
+        if mask.dense:
+            found["FlexAttention"] = flex()
+            found["FlexAttention, mask built inside"] = flex(inside=True)
+    return found
+
+
+def ours(backend: str = "auto", inside: bool = False) -> Prepare:
+    """`mmkernels.attention`; `inside`: every call builds its mask."""
+
+    def prepare(problem: AttentionProblem) -> Attention:
+        interval = problem.interval
+        if backend != "auto":
+            plan = mm.explain(mm.attention, *problem.qkv, mask=interval, backend=backend)
+            for part in filter(None, (plan, plan.backward)):
+                if part.backend is None:
+                    raise Unavailable(part.reasons[backend])
+        if inside:
+            build = problem.mask.interval(problem.device)
+            return lambda q, k, v: mm.attention(q, k, v, mask=build(), backend=backend)
+        return lambda q, k, v: mm.attention(q, k, v, mask=interval, backend=backend)
+
+    return prepare
+
+
+def sdpa(backend: SDPBackend | None = None, repeated: bool = False) -> Prepare:
+    """torch's SDPA on one of its backends, or on its own choice.
+
+    `repeated` gives every query head a key head of its own first, as models do whose mask is dense.
+    """
+
+    def prepare(problem: AttentionProblem) -> Attention:
+        size, mask = problem.size, additive(problem) if problem.mask.dense else None
+        is_causal = problem.mask.causal and mask is None
+        group = size.heads // size.kv_heads
+
+        def own_choice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if repeated and group > 1:
+                k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+            )
+            return out.transpose(1, 2)
+
+        if backend is None:
+            return own_choice
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return own_choice(q, k, v)
+
+        _unless_declined(attention, problem)
+        return attention
+
+    return prepare
+
+
+def _unless_declined(attention: Attention, problem: AttentionProblem) -> None:
+    """Raises `Unavailable` with torch's reason, which it gives as warnings beside a bare error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            attention(*problem.qkv)
+        except RuntimeError as error:
+            said = [str(warning.message).partition(" (Triggered")[0] for warning in caught]
+            # It goes through all of its kernels, and says of the others that they are switched off.
+            reasons = [x for x in said if "not used because" not in x and "disabled" not in x]
+            raise Unavailable("; ".join(reasons) or str(error).partition("\n")[0]) from error
+
+
+def sdpa_by_image(problem: AttentionProblem) -> Attention:
+    """torch's SDPA on one image after another, as the Qwen-VL models of transformers call it."""
+    lengths = problem.mask.lengths
+    assert lengths is not None
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.transpose(1, 2).split(lengths, 2) for x in (q, k, v)), strict=True)
+        outs = [F.scaled_dot_product_attention(*part) for part in parts]
+        return torch.cat(outs, 2).transpose(1, 2)
+
+    return attention
+
+
+def additive(problem: AttentionProblem) -> Tensor | None:
+    """The mask as SDPA and eager code add it to the scores: (1 or B, 1, S, S) in q's dtype.
+
+    Of four dimensions, since with three SDPA on a CPU leaves its flash kernel.
+    """
+    dense = problem.dense()
+    if dense is None:
+        return None
+    return torch.zeros((), dtype=problem.dtype, device=dense.device).where(dense, -torch.inf)
+
+
+def eager(problem: AttentionProblem) -> Attention:
+    """Attention as the eager code of transformers writes it, with its softmax in float32."""
+    mask = additive(problem)
+    group = problem.size.heads // problem.size.kv_heads
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if group > 1:
+            k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores + mask
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        return (weights @ v).transpose(1, 2)
+
+    return attention
+
+
+def compiled_eager(problem: AttentionProblem) -> Attention:
+    """The same through torch.compile."""
+    return compiled(eager(problem), problem.device)
+
+
+def flex(inside: bool = False) -> Prepare:
+    """torch's FlexAttention, compiled; `inside`: every call builds its block mask, compiled too."""
+
+    def prepare(problem: AttentionProblem) -> Attention:
+        if problem.backward and problem.device.type == "cpu":
+            raise Unavailable("has no backward pass on a CPU")
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        size, device = problem.size, problem.device
+        mask_mod = problem.mask.mask_mod(device)
+        batch = size.batch if problem.mask.padded else None
+        sizes = (batch, None, size.seqlen, size.seqlen, device)
+        attend = compiled(flex_attention, device)
+        create = compiled(create_block_mask, device) if inside else create_block_mask
+        block_mask = create(mask_mod, *sizes)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            here = create(mask_mod, *sizes) if inside else block_mask
+            grouped = size.heads != size.kv_heads
+            return attend(q, k, v, block_mask=here, enable_gqa=grouped).transpose(1, 2)
+
+        return attention
+
+    return prepare
