@@ -151,21 +151,32 @@ def additive(problem: AttentionProblem) -> Tensor | None:
 
 
 def eager(problem: AttentionProblem) -> Attention:
-    """Attention as the eager code of transformers writes it, with its softmax in float32."""
+    """`eager_form` of the problem."""
     mask = additive(problem)
-    group = problem.size.heads // problem.size.kv_heads
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if group > 1:
-            k, v = (x.repeat_interleave(group, 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        if mask is not None:
-            scores = scores + mask
-        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-        return (weights @ v).transpose(1, 2)
+        return eager_form(q, k, v, mask).transpose(1, 2)
 
     return attention
+
+
+def eager_form(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as the eager code of transformers writes it, with its softmax in float32.
+
+    Args:
+        q: (B, Hq, Sq, D).
+        k: (B, Hkv, Sk, D).
+        v: likewise.
+        mask: added to the scores; None: there is none.
+    """
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def compiled_eager(problem: AttentionProblem) -> Attention:
