@@ -38,7 +38,7 @@ def _vision(name: str, batch: int, *size: int) -> Model:
 
 
 # Patches of 14 × 14 of images whose sides are multiples of 28, as the model merges 2 × 2 of them.
-PHOTOS = (32 * 48, 40 * 40, 24 * 24, 74 * 42, 16 * 20, 48 * 64, 30 * 52, 64 * 36)
+PHOTOS = (32 * 48, 40 * 40, 24 * 24, 76 * 42, 16 * 20, 48 * 64, 30 * 52, 64 * 36)
 FEW_PHOTOS = (24 * 32, 16 * 20, 24 * 20)
 # Prompts of a batch, as unequal as they come.
 PROMPTS = tuple(128 + 28 * i for i in range(32))
