@@ -1,7 +1,6 @@
 """Clocks: seconds of a call on a CPU or a GPU, and calls that take turns on one of them."""
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,18 +65,18 @@ class HostClock:
 
     def ready(self, call: Callable[[], object]) -> Timed:
         """Repeats calls that are too short for the clock."""
-        call()
-        start = time.perf_counter()
-        call()
-        repeats = math.ceil(SHORTEST_SAMPLE / max(time.perf_counter() - start, 1e-9))
 
-        def sample() -> float:
+        def seconds(calls: int) -> float:
             start = time.perf_counter()
-            for _ in range(repeats):
+            for _ in range(calls):
                 call()
-            return (time.perf_counter() - start) / repeats
+            return time.perf_counter() - start
 
-        return Timed(sample, sample() * repeats, "host", None)
+        seconds(1)
+        repeats = 1
+        while (estimate := seconds(repeats)) < SHORTEST_SAMPLE:
+            repeats *= 2
+        return Timed(lambda: seconds(repeats) / repeats, estimate, "host", None)
 
     def synchronize(self) -> None:
         """Nothing: a call returns when it is done."""
