@@ -11,7 +11,8 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.attention.interval import IntervalMask
 
-# Scores in float64: of all heads that are checked, and in memory at once.
+# Key heads that are checked, the scores of all of them, and those in memory at once, in float64.
+CHECKED_HEADS = 64
 CHECKED_SCORES = {"cpu": 2**25, "cuda": 2**32}
 SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 
@@ -19,8 +20,8 @@ SCORES_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
 class Expected:
     """The results of some heads from the oracle and from eager PyTorch, made when first needed.
 
-    As many key heads, each with its query heads and whole, as CHECKED_SCORES allows, spread over
-    batch and heads; at least the last one of the last batch element.
+    As many key heads, each with its query heads and whole, as CHECKED_HEADS and CHECKED_SCORES
+    allow, spread over batch and heads; at least the last one of the last batch element.
 
     Args:
         qkv: (B, S, Hq or Hkv, D) each.
@@ -41,7 +42,7 @@ class Expected:
         self.group = qkv[0].shape[2] // self.kv_heads
         count, scores = batch * self.kv_heads, self.group * seqlen**2
         most = max(1, CHECKED_SCORES[qkv[0].device.type] // scores)
-        checked = min(count, most)
+        checked = min(count, most, CHECKED_HEADS)
         self.checked = [
             divmod(count - 1 - index * count // checked, self.kv_heads) for index in range(checked)
         ]

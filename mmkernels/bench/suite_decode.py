@@ -26,7 +26,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         plan = _toy() if quick else _cpu()
     found = []
     for index, (model, batch, seqlen, paged, dtype) in enumerate(plan):
-        compiles = device.type == "cuda" or (index == 0 and not quick)
+        compiles = not quick and (device.type == "cuda" or index == 0)
         size = CacheSize(batch, seqlen, *MODELS[model])
         found.append(_case(model, size, paged, dtype, device, compiles))
     return found

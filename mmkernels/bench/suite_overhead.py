@@ -30,20 +30,18 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         peers = {OURS: decode_peers.ours(), "SDPA": decode_peers.masked(decode_peers.sdpa)}
         return _unrated(DecodeProblem(CACHE, dtype, device, False, peers))
 
-    found = [
-        Case("overhead", "attention", str(SIZE), "full", dtype, mode, attention(mode))
-        for mode in MODES
-    ]
-    found.append(
-        Case("overhead", "attention_with_kvcache", str(CACHE), "", dtype, "decode", decode)
-    )
-    shape = f"B1 3×{PATCH}×{PATCH} P{PATCH} D{WIDTH}"
-
     def patch() -> Problem:
         return PatchProblem(dtype, device)
 
-    found.append(Case("overhead", "patch_embed", shape, "", dtype, "forward", patch))
-    return found
+    def case(name: str, shape: str, mode: str, make: Callable[[], Problem], mask: str = "") -> Case:
+        return Case("overhead", name, shape, mask, dtype, mode, make, wall=True)
+
+    image = f"B1 3×{PATCH}×{PATCH} P{PATCH} D{WIDTH}"
+    return [
+        *(case("attention", str(SIZE), mode, attention(mode), "full") for mode in MODES),
+        case("attention_with_kvcache", str(CACHE), "decode", decode),
+        case("patch_embed", image, "forward", patch),
+    ]
 
 
 def _unrated(problem: AttentionProblem | DecodeProblem) -> Problem:

@@ -114,6 +114,9 @@ def test_every_head_is_checked_if_there_is_time_and_the_last_in_any_case(monkeyp
     size = Size(2, 16, 4, 2, 8)
     every = [(1, 1), (1, 0), (0, 1), (0, 0)]
     assert problem(masks.full(), size=size)._expected.checked == every
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_expected, "CHECKED_HEADS", 3)
+        assert problem(masks.full(), size=size)._expected.checked == [(1, 1), (1, 0), (0, 1)]
     monkeypatch.setitem(attention_expected.CHECKED_SCORES, "cpu", 2 * 2 * 16**2)
     assert problem(masks.full(), size=size)._expected.checked == [(1, 1), (0, 1)]
     monkeypatch.setitem(attention_expected.CHECKED_SCORES, "cpu", 1)
