@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmkernels.bench.attention_masks import starts
-from mmkernels.bench.attention_problem import Attention, AttentionProblem
+from mmkernels.bench.attention_problem import Attention, AttentionProblem, Prepare
 from mmkernels.bench.case import Unavailable
 
 # Packed (total, H, D) q, k, v -> out.
@@ -109,7 +109,7 @@ def varlen_attn(problem: AttentionProblem) -> Attention:
     return _packed(packs, attention)
 
 
-def fmha(name: str) -> Callable[[AttentionProblem], Attention]:
+def fmha(name: str) -> Prepare:
     """memory_efficient_attention of xformers or of MSLK, where it went on: one interface.
 
     Grouped heads have five dimensions there, with keys that are expanded; for a backward pass, in
@@ -145,7 +145,7 @@ def fmha(name: str) -> Callable[[AttentionProblem], Attention]:
     return prepare
 
 
-LIBRARIES: dict[str, Callable[[AttentionProblem], Attention]] = {
+LIBRARIES: dict[str, Prepare] = {
     "varlen_attn": varlen_attn,
     "flash-attn": flash_attn,
     "xformers": fmha("xformers.ops.fmha"),

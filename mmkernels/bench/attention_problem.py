@@ -18,6 +18,8 @@ from mmkernels.bench.case import SEED, Call, Results
 
 # (q, k, v) -> out, all (B, S, H, D).
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Makes the attention of one implementation for a problem, or raises `Unavailable`.
+Prepare = Callable[["AttentionProblem"], Attention]
 
 # Mode -> the results of a call, and useful floating point operations relative to a forward pass.
 MODES = {
@@ -51,8 +53,7 @@ class AttentionProblem:
         dtype: of all tensors.
         mode: what a call does.
         device: of all tensors.
-        peers: name -> a function of this problem that prepares the attention of that
-            implementation, or raises `Unavailable`.
+        peers: the implementations, by name.
 
     Attributes:
         qkv: the inputs.
@@ -72,7 +73,7 @@ class AttentionProblem:
         dtype: torch.dtype,
         mode: str,
         device: torch.device,
-        peers: Mapping[str, Callable[["AttentionProblem"], Attention]],
+        peers: Mapping[str, Prepare],
     ) -> None:
         compiling.forget()
         self.size, self.mask, self.dtype, self.mode, self.device = size, mask, dtype, mode, device
@@ -114,7 +115,7 @@ class AttentionProblem:
             dense |= own & ~self.real[..., 0]
         return dense[:, None]
 
-    def _prepared(self, prepare: Callable[["AttentionProblem"], Attention]) -> Call:
+    def _prepared(self, prepare: Prepare) -> Call:
         attention = prepare(self)
 
         def forward() -> Results:

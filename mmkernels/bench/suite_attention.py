@@ -102,7 +102,8 @@ TELLING = ("PaliGemma 3B 448", "Qwen2.5-VL vision")
 # Of each mask one.
 DIFFERENT = (*QUICK, "Gemma 3 4B, images in text", "SmolLM2-135M, batch of prompts")
 TRAINED_ON_CPU = (
-    "PaliGemma 3B 448", "Gemma 3 4B, local layer", "Gemma 3 4B, images in text", "Qwen2.5-7B",
+    "PaliGemma 3B 448", "Gemma 3 4B, images in text", "Qwen2.5-7B",
+    "Qwen2.5-VL vision, windowed layer",
 )  # fmt: skip
 
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"

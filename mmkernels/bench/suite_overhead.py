@@ -9,6 +9,7 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.bench import attention_masks, attention_peers, decode_peers
 from mmkernels.bench.attention_problem import AttentionProblem, Size
+from mmkernels.bench.attention_sdpa import sdpa
 from mmkernels.bench.case import OURS, SEED, Call, Case, Problem, Results
 from mmkernels.bench.decode_problem import CacheSize, DecodeProblem
 
@@ -22,7 +23,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def attention(mode: str) -> Callable[[], Problem]:
-        peers = {OURS: attention_peers.ours(), "SDPA": attention_peers.sdpa()}
+        peers = {OURS: attention_peers.ours(), "SDPA": sdpa()}
         full = attention_masks.full()
         return lambda: _unrated(AttentionProblem(SIZE, full, dtype, mode, device, peers))
 
