@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from mmkernels import testing
 from mmkernels.bench import compiling
@@ -130,7 +131,7 @@ class AttentionProblem:
         if self.mode != "backward":
             return forward
         # A compiled backward pass may otherwise overwrite what its next call needs.
-        with torch._functorch.config.patch(donated_buffer=False):
+        with functorch_config.patch(donated_buffer=False):
             out = attention(*self.qkv)
         return lambda: torch.autograd.grad(out, self.qkv, self._dout, retain_graph=True)
 
