@@ -45,7 +45,7 @@ def test_a_full_run_has_every_mask_and_dtype():
         for dtype in (torch.bfloat16, torch.float32):
             found = " ".join(case.mask for case in cases if case.dtype is dtype)
             missing = [mask for mask in masks if mask not in found]
-            assert missing == ["packed windows"] * (dtype is torch.float32)
+            assert set(missing) <= ({"packed windows"} if dtype is torch.float32 else set())
         modes = {case.mode for case in cases}
         assert {"forward", "forward + backward"} <= modes
         assert ("backward" in modes) == (device is CUDA)
