@@ -57,7 +57,7 @@ def sources() -> set[str]:
     return {
         str(path.relative_to(ROOT))
         for path in (ROOT / "mmkernels").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
     }
 
 

@@ -52,7 +52,9 @@ def test_wheel_is_for_any_python_3_and_holds_the_package_and_the_extension(wheel
     assert wheel.stat().st_size < 20 << 20
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    assert [name for name in names if not name.endswith((".py", "py.typed"))] == ["mmkernels/_C.so"]
+    assert [name for name in names if not name.endswith((".py", ".json", "py.typed"))] == [
+        "mmkernels/_C.so"
+    ]
 
 
 def test_audit_finds_no_fault_and_names_the_oldest_linux(wheel, tmp_path):
