@@ -98,10 +98,12 @@ def liger(model: nn.Module) -> tuple[Any, Callable[[], Any]]:
         raise Unavailable(f"has nothing for a {type(part).__name__}")
     names = vars(sys.modules[type(part).__module__])
     before = dict(names)
-    apply(model=part, fused_linear_cross_entropy=False)  # the loss is no part of these cases
-    changed = {name: value for name, value in names.items() if before.get(name) is not value}
-    originals = {name: before[name] for name in changed}
-    names.update(originals)
+    try:
+        apply(model=part, fused_linear_cross_entropy=False)  # the loss is no part of these cases
+    finally:
+        changed = {name: value for name, value in names.items() if before.get(name) is not value}
+        originals = {name: before[name] for name in changed if name in before}
+        names.update(originals)
 
     @contextmanager
     def scope() -> Iterator[None]:

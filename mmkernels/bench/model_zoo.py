@@ -137,6 +137,7 @@ def llama(size: Language, dtype: torch.dtype, device: torch.device) -> Any:
     if size is SMOLLM2 and has_smollm2():
         from mmkernels.demo.smollm import from_gguf
 
+        library.utils.logging.disable_progress_bar()  # a run has one of its own
         return from_gguf(dtype).to(device).eval()
     config = library.LlamaConfig(
         **_language_config(size),

@@ -144,13 +144,12 @@ def test_decoding_changes_nothing_and_agrees_with_the_whole_sequence(problems):
 
 def test_copies_share_weights_and_nothing_else(problems):
     model = problems["prefix-LM"].model
-    before = model.language_model.config._attn_implementation
     ours, eager = model_peers.replaced(model), model_peers.eager(model)
     for copied in (ours, eager):
         pairs = zip(copied.parameters(), model.parameters(), strict=True)
         assert all(x is y for x, y in pairs)
     settings = [x.language_model.config._attn_implementation for x in (ours, eager, model)]
-    assert settings == ["mmkernels", "eager", before]
+    assert settings == ["mmkernels", "eager", "sdpa"]
 
 
 def test_a_model_of_which_something_is_left_is_no_result(library):
@@ -245,8 +244,10 @@ def test_liger_reaches_its_own_copy_only(problems, monkeypatch):
     monkeypatch.setattr(model_peers, "on_gpu", lambda model: True)
 
     problem, mlp = problems["decode"], modeling_llama.LlamaMLP
-    call = problem.implementations["Liger"]()
+    model_peers.liger(problem.model)
     assert modeling_llama.LlamaMLP is mlp
+    assert modeling_llama.apply_rotary_pos_emb is rotary
+    call = problem.implementations["Liger"]()
     assert not hasattr(problem.model.lm_head, "changed")
     problem.implementations["SDPA"]()()
     layers = problem.model.config.num_hidden_layers
