@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         return _render(arguments.report)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     slug = environment.device_name(device).replace(" ", "-")
-    path = arguments.json or Path(f"mmkernels-bench-{slug}-{datetime.date.today()}.json")
+    path = arguments.json or _unused(f"mmkernels-bench-{slug}-{datetime.date.today()}")
+    if path.exists():
+        parser.error(f"--json is {path}, which is there already; move it away or name another file")
     cases = suites.cases(arguments.suite, device, arguments.quick)
     command = " ".join(("python -m mmkernels bench", *(argv if argv is not None else sys.argv[2:])))
     with progress(len(cases), "case") as step:
@@ -63,6 +66,12 @@ def main(argv: list[str] | None = None) -> int:
             step=step,
         )
     return _render(path) or int(any(record["failed"] for record in data["records"]))
+
+
+def _unused(stem: str) -> Path:
+    """A name in this folder: the stem's own, else with the first number that is free."""
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := Path(f"{name}.json")).exists())
 
 
 def _render(path: Path) -> int:
