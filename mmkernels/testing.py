@@ -145,6 +145,32 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), lse.squeeze(-1)
 
 
+def eager_normalized(
+    pixels: Tensor,
+    dtype: torch.dtype,
+    pixel_mean: Sequence[float] | Tensor | None = None,
+    pixel_std: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """Pixels as processors make them ready for a model: normalised in float32, then in `dtype`.
+
+    Args:
+        pixels: (B, C, *size); bytes become numbers from 0 to 1.
+        dtype: of the model; float64 is normalised in itself.
+        pixel_mean: one number a channel, or a tensor of them where pixels lie, as a model's buffer.
+        pixel_std: likewise.
+    """
+    x = pixels
+    if x.dtype == torch.uint8:
+        x = x.to(torch.promote_types(dtype, torch.float32)) / 255
+    if pixel_mean is not None and pixel_std is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shape = (-1, *(1,) * (x.ndim - 2))
+        numbers = (pixel_mean, pixel_std)
+        mean, std = (torch.as_tensor(n, dtype=wide, device=x.device).view(shape) for n in numbers)
+        x = (x.to(wide) - mean) / std
+    return x.to(dtype)
+
+
 def eager_patch_embed(
     pixels: Tensor,
     weight: Tensor,
@@ -156,25 +182,17 @@ def eager_patch_embed(
     prefix_tokens: Tensor | None = None,
     token_mask: Tensor | None = None,
     mask_token: Tensor | None = None,
-    pixel_mean: Sequence[float] | None = None,
-    pixel_std: Sequence[float] | None = None,
+    pixel_mean: Sequence[float] | Tensor | None = None,
+    pixel_std: Sequence[float] | Tensor | None = None,
     pad: bool = False,
 ) -> Tensor:
     """(B, P + N, D) as model code writes it, every step in the weight's dtype: the yardstick.
 
-    Pixels are normalised in float32, as processors do. Arguments as of `mmkernels.patch_embed`:
-    pixels (B, C, *size) with channels first, prefix_tokens (P, D) or (B, P, D), pixel_mean and
-    pixel_std one number a channel.
+    Pixels are those of `eager_normalized`. Arguments as of `mmkernels.patch_embed`: pixels
+    (B, C, *size) with channels first, prefix_tokens (P, D) or (B, P, D), pixel_mean and pixel_std
+    one number a channel.
     """
-    x = pixels
-    if x.dtype == torch.uint8:
-        x = x.to(torch.promote_types(weight.dtype, torch.float32)) / 255
-    if pixel_mean is not None and pixel_std is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        shape = (-1, *(1,) * (x.ndim - 2))
-        mean, std = (torch.tensor(n, dtype=wide, device=x.device) for n in (pixel_mean, pixel_std))
-        x = (x.to(wide) - mean.view(shape)) / std.view(shape)
-    x = x.to(weight.dtype)
+    x = eager_normalized(pixels, weight.dtype, pixel_mean, pixel_std)
     kernel = weight.shape[2:]
     steps = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride or kernel)
     if pad:
