@@ -59,6 +59,7 @@ class Case:
         mode: "forward", "backward", "decode", ...; never empty.
         make: builds the problem, its tensors on the device that the suite was asked for.
         scale: the size that the plot of a scaling has on its axis, such as S; None: not in a plot.
+        wall: on a GPU, too, time what a user waits for, launches included: of whole models.
     """
 
     suite: str
@@ -69,6 +70,7 @@ class Case:
     mode: str
     make: Callable[[], Problem]
     scale: int | None = None
+    wall: bool = False
 
     @property
     def dtype_name(self) -> str:

@@ -13,6 +13,8 @@ SHORTEST_SAMPLE = 1e-3
 # Below this, what a GPU takes is less than what launching costs: replays of a graph are timed.
 LAUNCH_BOUND = 50e-6
 GRAPHED_CALLS = 20
+# To keep a GPU busy for a second: more cycles than it has; and no longer than any operation needs.
+CYCLES, LONGEST_LAUNCH = 2.5e9, 5e-3
 
 
 class Turns(NamedTuple):
@@ -40,7 +42,8 @@ class Timed(NamedTuple):
     Attributes:
         sample: takes one sample: seconds of one call.
         estimate: seconds that a sample costs in all, with repeats and preparation.
-        timer: what was timed: "host", "events" or "graph".
+        timer: what was timed: "host", "events" of the device alone, a "graph" of many calls, or
+            "wall", with the launches.
         launch: seconds that the host needs to launch a call; None where that is no matter.
     """
 
@@ -53,8 +56,13 @@ class Timed(NamedTuple):
 class Clock(Protocol):
     """Times calls on one device."""
 
-    def ready(self, call: Callable[[], object]) -> Timed:
-        """Warms a call up and decides how it is timed."""
+    def ready(self, call: Callable[[], object], wall: bool = False) -> Timed:
+        """Warms a call up and decides how it is timed.
+
+        Args:
+            call: to time.
+            wall: with what the host needs to launch it.
+        """
 
     def synchronize(self) -> None:
         """Waits for all that was launched."""
@@ -63,7 +71,7 @@ class Clock(Protocol):
 class HostClock:
     """For a CPU: the wall clock."""
 
-    def ready(self, call: Callable[[], object]) -> Timed:
+    def ready(self, call: Callable[[], object], wall: bool = False) -> Timed:
         """Repeats calls that are too short for the clock."""
 
         def seconds(calls: int) -> float:
@@ -86,7 +94,8 @@ class DeviceClock:
     """For a GPU: events around a call, or around the replay of a graph of many short ones.
 
     Before every sample the L2 cache is overwritten, and the GPU kept busy while the host launches,
-    so that the time between two events is the device's alone. A graph's calls find a warm cache.
+    so that the time between two events is the device's alone; with `wall` it is not kept busy. A
+    graph's calls find a warm cache.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -98,7 +107,7 @@ class DeviceClock:
         """Waits for all that was launched."""
         torch.cuda.synchronize()
 
-    def ready(self, call: Callable[[], object]) -> Timed:
+    def ready(self, call: Callable[[], object], wall: bool = False) -> Timed:
         """Warms up, then takes a graph if a call is shorter than its launch."""
         self.synchronize()
         began, calls = time.perf_counter(), 0
@@ -106,28 +115,37 @@ class DeviceClock:
             call()
             self.synchronize()
             calls += 1
-        start = time.perf_counter()
-        for _ in range(GRAPHED_CALLS):
-            call()
-        launch = (time.perf_counter() - start) / GRAPHED_CALLS
-        self.synchronize()
-        cycles = int(1.5e9 * min(launch, 5e-3))  # at about 2 GHz, what most launches take
+        launch = self._launch(call)
+        cycles = 0 if wall else int(CYCLES * min(launch, LONGEST_LAUNCH))
 
         def sample() -> float:
             self._flush.zero_()
-            torch.cuda._sleep(cycles)
+            if cycles:
+                torch.cuda._sleep(cycles)
+            else:
+                self.synchronize()
             return self._between(call)
 
         sample()
         start = time.perf_counter()
         seconds = sample()
         estimate = time.perf_counter() - start
+        if wall:
+            return Timed(sample, estimate, "wall", launch)
         if seconds >= LAUNCH_BOUND:
             return Timed(sample, estimate, "events", None)
         replay = _graph(call)
         if replay is None:
             return Timed(sample, estimate, "events", launch)
         return Timed(lambda: self._between(replay) / GRAPHED_CALLS, 2 * estimate, "graph", launch)
+
+    def _launch(self, call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(GRAPHED_CALLS):
+            call()
+        seconds = (time.perf_counter() - start) / GRAPHED_CALLS
+        self.synchronize()
+        return seconds
 
     def _between(self, call: Callable[[], object]) -> float:
         self._start.record()

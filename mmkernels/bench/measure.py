@@ -38,14 +38,19 @@ def measure(case: Case, clock_: Clock, device: torch.device, turns: Turns) -> di
     try:
         problem = case.make()
         record |= {"flops": problem.flops, "bytes": problem.bytes}
-        _compare(problem, record, clock_, device, turns)
+        _compare(problem, record, clock_, device, turns, case.wall)
     except Exception as error:  # one case shall not end a run; it is kept, shown, and counts as red
         record |= {"failed": _one_line(error), "results": {}}
     return record
 
 
 def _compare(
-    problem: Problem, record: dict[str, Any], clock_: Clock, device: torch.device, turns: Turns
+    problem: Problem,
+    record: dict[str, Any],
+    clock_: Clock,
+    device: torch.device,
+    turns: Turns,
+    wall: bool,
 ) -> None:
     """Fills in the results of every implementation that is there and right."""
     ready: dict[str, tuple[Call, Timed]] = {}
@@ -53,7 +58,7 @@ def _compare(
     for name, prepare in problem.implementations.items():
         try:
             call, results[name] = _checked(problem, prepare, clock_)
-            ready[name] = call, clock_.ready(call)
+            ready[name] = call, clock_.ready(call, wall)
         except Unavailable as error:
             record["left_out"][name] = str(error)
             if name == OURS:

@@ -1,5 +1,6 @@
 """The most memory that a call holds beyond what was there before it."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
         del results
         return peak - before
+    # Or the profiler's library writes lines into the progress bar; it reads this when it starts.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

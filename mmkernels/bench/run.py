@@ -81,7 +81,9 @@ def write(path: Path, data: Mapping[str, Any]) -> None:
 def fresh_caches() -> Iterator[None]:
     """Within it compilers begin with empty caches."""
     kept = {name: os.environ.get(name) for name in CACHES}
-    with tempfile.TemporaryDirectory(prefix="mmkernels-bench-") as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="mmkernels-bench-", ignore_cleanup_errors=True
+    ) as folder:
         for name in CACHES:
             os.environ[name] = os.path.join(folder, name.lower())
         try:

@@ -1,5 +1,7 @@
 """Does a case's record hold what is right, leave out what is not, and say why?"""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -45,10 +47,19 @@ def test_a_problem_that_cannot_be_made_ends_no_run():
     def broken():
         raise MemoryError("too large")
 
-    broken_case = case()
-    object.__setattr__(broken_case, "make", broken)
+    broken_case = dataclasses.replace(case(), make=broken)
     found = measure.measure(broken_case, clock.HostClock(), CPU, TURNS)
     assert found["failed"] == "MemoryError: too large"
+
+
+@pytest.mark.parametrize("wall", [False, True])
+def test_a_case_says_whether_launches_are_timed(monkeypatch, wall):
+    asked = []
+    ready = clock.HostClock.ready
+    monkeypatch.setattr(clock.HostClock, "ready", lambda *a: asked.append(a[2]) or ready(*a))
+    one = dataclasses.replace(case(), wall=wall)
+    measure.measure(one, clock.HostClock(), CPU, TURNS)
+    assert set(asked) == {wall}
 
 
 def test_peak_memory_is_of_the_call_alone():
