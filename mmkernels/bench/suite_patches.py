@@ -59,7 +59,7 @@ MODELS = {
         16384,
         1024,
     ),
-    MIXED: Model(Shape(3, SIDES[0], (16, 16), 768, mixed=SIDES), 16, 1),
+    MIXED: Model(Shape(3, SIDES[0], (16, 16), 768, mixed=SIDES), 4, 1),
 }
 HALF, SINGLE = torch.bfloat16, torch.float32
 # The few that tell most, with torch.compile where it takes long.
