@@ -108,6 +108,14 @@ def test_bytes():
     assert images.bytes == pixels + 2 * (4 * (32 * 3 * 16 * 16 + 32) + out)
 
 
+def test_the_oracle_is_the_original_in_float64():
+    this = problem(Attention(0, 0, 0), torch.bfloat16)
+    exact, eager = this.expected
+    assert {x.dtype for x in exact} == {torch.float64}
+    assert {x.dtype for x in eager} == {torch.bfloat16}
+    assert next(this.original.parameters()).dtype == torch.bfloat16
+
+
 def test_modes_of_the_modules():
     for backward in (False, True):
         this = problem(Attention(0, 0, 0), backward=backward)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmkernels import testing
 from mmkernels.bench import calls, measure, suite_patches
 from mmkernels.bench.case import OURS, Unavailable
 from mmkernels.bench.clock import HostClock, Turns
@@ -135,13 +136,35 @@ def test_timm_is_left_out_where_it_is_not_installed(monkeypatch):
 
 
 def test_the_eager_form_is_compiled(monkeypatch):
-    compiled = []
+    done = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: done.append("reset"))
     monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compiled.append(options) or function
+        torch, "compile", lambda function, **options: done.append(options) or function
     )
     one = problem(compiled=True)
     assert one.check(one.implementations["torch.compile"]()()) < 1e-4
-    assert compiled == [{"dynamic": False}]
+    assert done == ["reset", {"dynamic": False}]
+
+
+@pytest.mark.parametrize("kernel", [(4, 4), (2, 4, 4)], ids=str)
+def test_channels_last_are(kernel, monkeypatch):
+    size = (4, 8, 12)[-len(kernel) :]
+    one = problem(SMALL._replace(size=size, kernel=kernel), backward=False)
+    seen, eager = [], testing.eager_patch_embed
+
+    def embedding(pixels, weight, **options):
+        seen.extend(x.stride(1) for x in (pixels, weight))
+        return eager(pixels, weight, **options)
+
+    monkeypatch.setattr(testing, "eager_patch_embed", embedding)
+    one.implementations[f"F.conv{len(kernel)}d, channels_last"]()()
+    assert seen == [1, 1]
+
+
+def test_the_oracle_is_in_float64_and_eager_is_not():
+    exact, eager = problem(dtype=torch.bfloat16).expected
+    assert {x.dtype for x in exact} == {torch.float64}
+    assert {x.dtype for x in eager} == {torch.bfloat16}
 
 
 def test_peers_copy_no_numbers_to_the_device_in_a_call():
