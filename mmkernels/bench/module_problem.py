@@ -7,7 +7,7 @@ gradients of all parameters and, inside of a model, of the input.
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +99,7 @@ class ModuleProblem:
         self.implementations: Mapping[str, Callable[[], Call]] = found
 
     def _call(self, module: nn.Module, x: Tensor, dout: Tensor | None) -> Call:
-        leaves = [x] * x.requires_grad + list(module.parameters())
-        return calls.solver(lambda: self.setting.run(module, x), leaves, dout)
+        return _solver(lambda: self.setting.run(module, x), x, module.parameters(), dout)
 
     def _ours(self, backend: str) -> Call:
         module = self.setting.ours(backend).to(**self.place).train(self.original.training)
@@ -110,20 +109,20 @@ class ModuleProblem:
 
     def _compiled(self, wanted: bool) -> Call:
         run = calls.compiled(lambda: self.setting.run(self.original, self.x), wanted)
-        leaves = [self.x] * self.x.requires_grad + list(self.original.parameters())
-        return calls.solver(run, leaves, self.dout)
+        return _solver(run, self.x, self.original.parameters(), self.dout)
 
     def _peer(self, peer: Peer | Exception) -> Call:
         if isinstance(peer, Exception):
             raise peer
         module, names, run = peer
         module.to(**self.place).train(self.original.training)
-        leaves = [self.x] * self.x.requires_grad
+        parameters = []
         for name, parameter in self.original.named_parameters():
-            leaves.append(module.get_parameter(names[name]))
+            same = module.get_parameter(names[name])
             with torch.no_grad():
-                leaves[-1].copy_(parameter.view_as(leaves[-1]))
-        return calls.solver(lambda: run(module, self.x), leaves, self.dout)
+                same.copy_(parameter.view_as(same))
+            parameters.append(same)
+        return _solver(lambda: run(module, self.x), self.x, parameters, self.dout)
 
     @functools.cached_property
     def expected(self) -> tuple[Results, Results]:
@@ -141,6 +140,12 @@ class ModuleProblem:
             names += ["dx"] * self.x.requires_grad
             names += [f"d{name}" for name, _ in self.original.named_parameters()]
         return calls.largest_error(names, results, *self.expected)
+
+
+def _solver(
+    run: Callable[[], Tensor], x: Tensor, parameters: Iterable[Tensor], dout: Tensor | None
+) -> Call:
+    return calls.solver(run, [x] * x.requires_grad + list(parameters), dout)
 
 
 @torch.no_grad()
