@@ -177,3 +177,4 @@ def test_the_list(device):
         assert [str(case) for case in quick] == names[: len(quick)], "of real sizes"
     else:
         assert {case.name for case in quick} == {case.name for case in full}
+        assert all(" E32 " in case.shape or " D32" in case.shape for case in quick)
