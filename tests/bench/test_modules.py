@@ -158,6 +158,26 @@ def test_the_original_is_compiled(monkeypatch):
     assert this.check(this.implementations["torch.compile"]()()) < 1e-4
 
 
+def test_what_is_compiled(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        suite_modules, "ModuleProblem", lambda *_, compiled, **options: asked.append(compiled)
+    )
+    telling = 2 * suite_modules.TELLING
+    full = suite_modules.cases(CPU, quick=False)
+    for case in (*TOY, full[0], full[telling]):
+        case.make()
+    assert asked == [False] * len(TOY) + [True, False]
+
+
+def test_parameters_are_such_that_all_of_them_matter():
+    this = problem(model("CLIP-L/14 336"))
+    sizes = {name: float(x.detach().std()) for name, x in this.original.named_parameters()}
+    weight = (3 * 14 * 14) ** -0.5
+    wanted = {"cls_token": 1, "pos_embed": 1, "patch_embed.proj.weight": weight}
+    assert sizes == pytest.approx(wanted, rel=0.2)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_list(device):
     full, quick = (suite_modules.cases(torch.device(device), short) for short in (False, True))
@@ -174,7 +194,7 @@ def test_the_list(device):
     )
     assert {case.mask for case in full} == {"", CAUSAL, PADDING}
     if device == "cuda":
-        assert [str(case) for case in quick] == names[: len(quick)], "of real sizes"
+        assert [str(case) for case in quick] == names[: 2 * suite_modules.TELLING], "of real sizes"
     else:
         assert {case.name for case in quick} == {case.name for case in full}
         assert all(" E32 " in case.shape or " D32" in case.shape for case in quick)
