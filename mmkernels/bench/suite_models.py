@@ -138,7 +138,7 @@ def _case(
     make: Callable[[torch.dtype], Problem],
 ) -> Case:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return Case("models", name, shape, mask, dtype, mode, lambda: make(dtype))
+    return Case("models", name, shape, mask, dtype, mode, lambda: make(dtype), wall=True)
 
 
 def _named(family: str, size: Any) -> str:

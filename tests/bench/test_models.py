@@ -20,7 +20,8 @@ ONCE = clock.Turns(2, 2, 0.0)
 class OneSample:
     """A clock that calls once."""
 
-    def ready(self, call):
+    def ready(self, call, wall):
+        assert wall, "launches are part of what a model takes"
         return clock.Timed(lambda: (call(), 1.0)[1], 1.0, "host", None)
 
     def synchronize(self):
