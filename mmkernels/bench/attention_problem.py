@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from mmkernels import testing
-from mmkernels.bench import compiling
 from mmkernels.bench.attention_expected import Expected
 from mmkernels.bench.attention_masks import BenchMask
 from mmkernels.bench.case import SEED, Call, Results
@@ -76,7 +75,6 @@ class AttentionProblem:
         device: torch.device,
         peers: Mapping[str, Prepare],
     ) -> None:
-        compiling.forget()
         self.size, self.mask, self.dtype, self.mode, self.device = size, mask, dtype, mode, device
         shape = (size.batch, size.seqlen, size.seqlen, *size[2:])
         self.qkv = testing.make_qkv(*shape, dtype=dtype, device=device, seed=SEED)

@@ -48,18 +48,6 @@ def on_backend(name: str, call: Call) -> Call:
     return asked
 
 
-def compiled(function: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
-    """torch.compile for one shape; forgets what it compiled before, or it would reach its limit.
-
-    Raises:
-        Unavailable: it is not wanted, for it takes too long.
-    """
-    if not wanted:
-        raise Unavailable("takes long to compile, so it takes part in some cases only")
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
-
-
 def library(name: str) -> Any:
     """A module of a library, imported.
 

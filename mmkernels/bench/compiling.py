@@ -10,12 +10,16 @@ import torch
 from mmkernels.bench.case import Unavailable
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], device: torch.device, wanted: bool = True
+) -> Callable[..., Any]:
     """`function`, compiled for sizes that stay as they are.
 
     Raises:
-        Unavailable: the compiler behind it is missing.
+        Unavailable: the compiler behind it is missing, or it is not wanted, for it takes too long.
     """
+    if not wanted:
+        raise Unavailable("takes long to compile, so it takes part in some cases only")
     if device.type == "cpu" and shutil.which("g++") is None:
         raise Unavailable("needs g++, which is not on PATH")
     return torch.compile(function, dynamic=False)
@@ -24,8 +28,8 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 def forget() -> None:
     """Drops what other cases compiled, which counts towards a limit of torch's.
 
-    To be called once a case, before anything of it is compiled: a function that is dropped compiles
-    again at its next call, which would then be timed.
+    Once a case, before anything of it is compiled: a function that is dropped compiles again at its
+    next call, which would then be timed.
     """
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 import mmkernels as mm
 from mmkernels import testing
-from mmkernels.bench import compiling
 from mmkernels.bench.case import SEED, Call, Results
 
 # What FlashAttention-2 needs pages to be a multiple of; any size does for us.
@@ -73,7 +72,6 @@ class DecodeProblem:
         paged: bool,
         peers: Mapping[str, Callable[["DecodeProblem"], Call]],
     ) -> None:
-        compiling.forget()
         self.size, self.dtype, self.device = size, dtype, device
         generator = torch.Generator().manual_seed(SEED)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmkernels.bench import clock
+from mmkernels.bench import clock, compiling
 from mmkernels.bench.case import OURS, Call, Case, Problem, Unavailable
 from mmkernels.bench.clock import Clock, Timed, Turns
 from mmkernels.bench.memory import peak_bytes
@@ -36,6 +36,7 @@ def measure(case: Case, clock_: Clock, device: torch.device, turns: Turns) -> di
         "left_out": {},
         "failed": None,
     }
+    compiling.forget()
     try:
         problem = case.make()
         record |= {"flops": problem.flops, "bytes": problem.bytes}

@@ -20,6 +20,7 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.bench import model_peers
 from mmkernels.bench.case import OURS, Call, Results, Unavailable
+from mmkernels.bench.compiling import compiled
 
 # (model, **inputs) -> what is compared.
 Forward = Callable[..., Results]
@@ -39,7 +40,6 @@ class ModelProblem:
         compiles: does torch.compile take part?
     """
 
-    why_not_compiled = "left out of this run: compiling the model takes too long"
     # What a call does, in forward passes of attention and in moves of all weights.
     attention_passes, weight_moves = 1.0, 1
 
@@ -52,8 +52,6 @@ class ModelProblem:
         compiles: bool = True,
     ) -> None:
         self.model, self.forward, self.inputs, self.compiles = model, forward, inputs, compiles
-        if compiles:  # not before each compilation: that would undo the one before it
-            torch._dynamo.reset()
         call = self.call(model)
         with FlopCounterMode(display=False) as counter:
             results = call()
@@ -112,9 +110,8 @@ class ModelProblem:
         }
 
     def _compiled(self, copied: Callable[[nn.Module], Any]) -> Call:
-        if not self.compiles:
-            raise Unavailable(self.why_not_compiled)
-        return self.call(copied(self.model), torch.compile(self.forward, dynamic=False))
+        forward = compiled(self.forward, next(iter(self.inputs.values())).device, self.compiles)
+        return self.call(copied(self.model), forward)
 
     def _on_backend(self, name: str) -> Call:
         call = self.call(model_peers.replaced(self.model))
@@ -175,8 +172,6 @@ class DecodingProblem(ModelProblem):
     clock starts. A call takes its token out of it again, at the cost of one view a layer.
     """
 
-    why_not_compiled = "needs a cache that does not grow"
-
     def __init__(
         self,
         model: Any,
@@ -207,3 +202,6 @@ class DecodingProblem(ModelProblem):
             return results
 
         return call
+
+    def _compiled(self, copied: Callable[[nn.Module], Any]) -> Call:
+        raise Unavailable("needs a cache that does not grow")

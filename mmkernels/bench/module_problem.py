@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmkernels.bench import calls
 from mmkernels.bench.case import OURS, SEED, Call, Results
+from mmkernels.bench.compiling import compiled
 
 # (module, input) -> output.
 Run = Callable[[Any, Tensor], Tensor]
@@ -64,7 +65,7 @@ class ModuleProblem:
         dtype: of input and parameters.
         device: where they lie.
         backward: whether it is training.
-        compiled: whether torch.compile takes part.
+        compiles: whether torch.compile takes part.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class ModuleProblem:
         device: torch.device,
         *,
         backward: bool,
-        compiled: bool,
+        compiles: bool,
     ) -> None:
         self.setting = setting
         self.place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -93,7 +94,7 @@ class ModuleProblem:
             for name in calls.GPU_BACKENDS:
                 found[f"{OURS} {name}"] = functools.partial(self._ours, name)
         found[setting.name] = lambda: self._call(self.original, self.x, self.dout)
-        found["torch.compile"] = functools.partial(self._compiled, compiled)
+        found["torch.compile"] = functools.partial(self._compiled, compiles)
         for name, peer in setting.peers.items():
             found[name] = functools.partial(self._peer, peer)
         self.implementations: Mapping[str, Callable[[], Call]] = found
@@ -108,7 +109,7 @@ class ModuleProblem:
         return call if backend == "auto" else calls.on_backend(backend, call)
 
     def _compiled(self, wanted: bool) -> Call:
-        run = calls.compiled(lambda: self.setting.run(self.original, self.x), wanted)
+        run = compiled(lambda: self.setting.run(self.original, self.x), self.x.device, wanted)
         return _solver(run, self.x, self.original.parameters(), self.dout)
 
     def _peer(self, peer: Peer | Exception) -> Call:

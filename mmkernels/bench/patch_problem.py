@@ -18,6 +18,7 @@ import mmkernels as mm
 from mmkernels import testing
 from mmkernels.bench import calls, patch_peers
 from mmkernels.bench.case import OURS, SEED, Call, Results, Unavailable
+from mmkernels.bench.compiling import compiled
 from mmkernels.bench.patch_peers import Embedding
 
 
@@ -107,7 +108,7 @@ class PatchProblem:
         device: where they lie.
         image_bytes: pixels are uint8 with mean and std 0.5; else they have the parameters' dtype.
         backward: whether the gradients of the parameters are asked for.
-        compiled: whether torch.compile takes part.
+        compiles: whether torch.compile takes part.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class PatchProblem:
         *,
         image_bytes: bool,
         backward: bool,
-        compiled: bool,
+        compiles: bool,
     ) -> None:
         self.shape = shape
         generator = torch.Generator().manual_seed(SEED)
@@ -159,7 +160,7 @@ class PatchProblem:
         self.bytes: float | None = self._bytes(rows)
         with contextlib.suppress(Unavailable):
             calls.library("timm.layers")
-        self.implementations = self._implementations(device, compiled)
+        self.implementations = self._implementations(device, compiles)
 
     def _bytes(self, rows: int) -> float:
         """Pixels and parameters in, tokens out; with gradients dout in, those of parameters out."""
@@ -170,7 +171,7 @@ class PatchProblem:
         return float(sum(x.nbytes for x in pixels) + passes * (parameters + out))
 
     def _implementations(
-        self, device: torch.device, compiled: bool
+        self, device: torch.device, compiles: bool
     ) -> Mapping[str, Callable[[], Call]]:
         convolution = f"F.conv{len(self.shape.kernel)}d"
         found: dict[str, Callable[[], Call]] = {OURS: functools.partial(self._ours, "auto")}
@@ -181,7 +182,7 @@ class PatchProblem:
             convolution: lambda: self._peer(testing.eager_patch_embed),
             f"{convolution}, channels_last": self._channels_last,
             "unfold + linear": lambda: self._peer(patch_peers.linear),
-            "torch.compile": functools.partial(self._compiled, compiled),
+            "torch.compile": functools.partial(self._compiled, compiles),
             "timm": self._timm,
         }
 
@@ -217,7 +218,9 @@ class PatchProblem:
         return _solver(eager, pixels, parameters, self.peer_settings, self.dout)
 
     def _compiled(self, wanted: bool) -> Call:
-        return self._peer(calls.compiled(testing.eager_patch_embed, wanted))
+        return self._peer(
+            compiled(testing.eager_patch_embed, self.parameters["weight"].device, wanted)
+        )
 
     def _timm(self) -> Call:
         shape = self.shape

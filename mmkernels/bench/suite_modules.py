@@ -87,7 +87,7 @@ def _case(
 
     def make() -> ModuleProblem:
         return ModuleProblem(
-            of.setting(device), dtype, device, backward=mode == FORWARD_BACKWARD, compiled=compiled
+            of.setting(device), dtype, device, backward=mode == FORWARD_BACKWARD, compiles=compiled
         )
 
     return Case("modules", f"{of.module}, {model.name}", of.text(), of.mask, dtype, mode, make)

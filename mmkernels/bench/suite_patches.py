@@ -114,7 +114,7 @@ def _case(choice: Choice, device: torch.device, quick: bool) -> Case:
     compiled = (on_gpu and not quick) or ((on_gpu or not quick) and choice in COMPILED)
     make = functools.partial(
         PatchProblem, shape, choice.dtype, device, image_bytes=choice.image_bytes,
-        backward=choice.mode == FORWARD_BACKWARD, compiled=compiled,
+        backward=choice.mode == FORWARD_BACKWARD, compiles=compiled,
     )  # fmt: skip
     text = shape.text("uint8" if choice.image_bytes else "")
     return Case("patches", choice.model, text, "", choice.dtype, choice.mode, make)

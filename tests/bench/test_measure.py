@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mmkernels.bench import clock, measure, memory
+from mmkernels.bench import clock, compiling, measure, memory
 from mmkernels.bench.case import OURS
 from tests.bench.fake import case
 
@@ -60,6 +60,14 @@ def test_a_case_says_whether_launches_are_timed(monkeypatch, wall):
     one = dataclasses.replace(case(), wall=wall)
     measure.measure(one, clock.HostClock(), CPU, TURNS)
     assert set(asked) == {wall}
+
+
+def test_what_other_cases_compiled_is_dropped_once_a_case(monkeypatch):
+    done = []
+    monkeypatch.setattr(compiling, "forget", lambda: done.append("forget"))
+    broken = dataclasses.replace(case(), make=lambda: done.append("make") or 1 / 0)
+    measure.measure(broken, clock.HostClock(), CPU, TURNS)
+    assert done == ["forget", "make"]
 
 
 def test_peak_memory_is_of_the_call_alone():

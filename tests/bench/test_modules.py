@@ -16,7 +16,7 @@ INSTALLED = {"timm", "transformers"}
 
 
 def problem(of, dtype=torch.float32, backward=True, compiled=False):
-    return ModuleProblem(of.quick().setting(CPU), dtype, CPU, backward=backward, compiled=compiled)
+    return ModuleProblem(of.quick().setting(CPU), dtype, CPU, backward=backward, compiles=compiled)
 
 
 def model(name):
@@ -161,7 +161,7 @@ def test_the_original_is_compiled(monkeypatch):
 def test_what_is_compiled(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        suite_modules, "ModuleProblem", lambda *_, compiled, **options: asked.append(compiled)
+        suite_modules, "ModuleProblem", lambda *_, compiles, **options: asked.append(compiles)
     )
     telling = 2 * suite_modules.TELLING
     full = suite_modules.cases(CPU, quick=False)
