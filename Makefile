@@ -99,8 +99,8 @@ bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
 	@mkdir -p $(dir $(BENCH_JSON))
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-json=$(BENCH_JSON) $(ARGS)
 
-bench-report: $(VENV)/.installed  ## render README, docs and the plot from the newest benchmark JSON
-	$(VENV)/bin/python -m benchmarks.report
+bench-report: $(VENV)/.installed  ## README, docs and plots from the newest committed runs
+	$(VENV)/bin/python -m benchmarks.publish
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,8 @@
-"""pytest-benchmark, set up: `--quick`, the environment in the JSON, and ratios in the terminal."""
+"""pytest-benchmark, set up: `--quick`, and the environment in the JSON."""
 
 import pytest
 
-from benchmarks import environment, report
-
-RUN = pytest.StashKey[report.Run]()
+from benchmarks import environment
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,17 +29,6 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     """Keeps the commit and whether the tree had changes; drops names of folders and branches."""
     for name in set(commit_info) - {"id", "dirty", "time"}:
         del commit_info[name]
-
-
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
-    config.stash[RUN] = report.Run(output_json)
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if RUN in config.stash:
-        terminalreporter.write_line(f"\n{report.tables(config.stash[RUN])}")
 
 
 @pytest.fixture(scope="session")
