@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench` measures, `python -m benchmarks.report` renders what was measured."""
+"""Benchmarks: `make bench` measures, `make bench-report` publishes what was measured."""

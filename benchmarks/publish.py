@@ -111,7 +111,7 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
         suites = report_rows.suites(run.data)
         compared = {name: rows for name, rows in suites.items() if report_rows.ranked(rows)}
         header = ["suite", "cases", "over the best peer", "worst to best", "slower in"]
-        header.append("over plain torch")
+        header.append("over the plain call")
         yield table(header, [[name, *_line(rows)] for name, rows in compared.items()])
         for name in filter(compared.get, SHOWN):
             rows = compared[name]

@@ -6,7 +6,7 @@ from typing import Any
 from mmkernels.bench import report_cells as cells
 from mmkernels.bench import report_rows
 from mmkernels.bench.case import OURS
-from mmkernels.bench.report_rows import PLAIN, Row
+from mmkernels.bench.report_rows import Row
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -94,7 +94,7 @@ def losses(rows: Sequence[Row]) -> str:
 def plain_name(rows: Sequence[Row]) -> str:
     """What the rows' plain peer is called."""
     names = dict.fromkeys(row.plain.partition(" (")[0] for row in rows if row.plain)
-    return next(iter(names)) if len(names) == 1 else PLAIN if PLAIN in names else "plain torch"
+    return " or ".join(names) if 0 < len(names) <= 2 else "plain torch"
 
 
 def left_out(data: Mapping[str, Any]) -> Table:
