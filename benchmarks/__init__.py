@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench` measures, `make bench-report` publishes what was measured."""
+"""The suites of `mmkernels.bench` under pytest-benchmark, their results, and what is published."""
