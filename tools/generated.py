@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from mmkernels._core.markdown import table
+
+__all__ = ["ROOT", "replaced", "table"]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -22,9 +26,3 @@ def replaced(text: str, name: str, block: str) -> str:
     if not (found_begin and found_end):
         raise ValueError(f"the text has no block between {begin!r} and {end!r}; add the comments")
     return f"{before}{begin}\n\n{block.strip()}\n\n{end}{after}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

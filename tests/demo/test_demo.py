@@ -44,12 +44,6 @@ def test_report(tmp_path):
     assert (path.parent / plot).read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_columns_are_aligned():
-    lines = report.table(("a", "long name"), [("much longer", "1"), ("b", "2")]).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[2] == "| much longer | 1         |"
-
-
 def test_spread():
     assert measure.spread([0.5]) == "0.50"
     assert measure.spread([3.0, 1.0, 2.25], digits=1) == "2.2 (1.0–3.0)"
