@@ -121,7 +121,7 @@ def test_a_backend_that_declines_is_left_out_with_its_reason():
         ({"mixed": ((8, 8), (4, 4)), "prefix": 0}, {"timm", "F.conv2d, channels_last"}),
         ({}, set()),
     ],
-    ids=str,
+    ids=["overlapping", "one channel", "not square", "mixed", "all"],
 )
 def test_peers_take_what_they_can(change, left_out):
     pytest.importorskip("timm")
@@ -196,7 +196,7 @@ def test_the_list(device):
 def test_what_is_compiled():
     def compiled(device: str, quick: bool) -> int:
         cases = suite_patches.cases(torch.device(device), quick)
-        return sum(case.make.keywords["compiled"] for case in cases)
+        return sum(case.make.keywords["compiles"] for case in cases)
 
     everything = len(suite_patches.cases(torch.device("cuda"), False))
     assert compiled("cuda", False) == everything
