@@ -11,6 +11,7 @@ FILE already are not run again: the same command, run again, goes on behind the 
 import faulthandler
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def add(path: Path, **line: object) -> None:
+    """One more line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def context_is_lost() -> str | None:
     """Why no later call on the GPU can succeed in this process; None: they can."""
-    import torch
-
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return None
     try:
         torch.cuda.synchronize()
@@ -66,14 +72,11 @@ class Outcomes:
         self._done = {line["test"] for line in read(self._path)}
         self._lost: str | None = None
 
-    def _write(self, **line: object) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that cannot be imported is an error of its own."""
         if report.failed:
-            self._write(test=report.nodeid, outcome="error", message=_tail(report.longreprtext))
+            message = _tail(report.longreprtext)
+            add(self._path, test=report.nodeid, outcome="error", message=message)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Leaves out what an earlier run has done."""
@@ -82,7 +85,7 @@ class Outcomes:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """The watch over one test; a test that must be skipped does not begin."""
-        self._write(test=item.nodeid, outcome="begun")
+        add(self._path, test=item.nodeid, outcome="begun")
         if self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=_STDERR)
         try:
@@ -101,9 +104,10 @@ class Outcomes:
             if report.failed:
                 line["message"] = _tail(report.longreprtext)
                 self._lost = self._lost or context_is_lost()
+                line |= {"lost": self._lost} if self._lost else {}
             elif report.skipped and isinstance(report.longrepr, tuple):
                 line["message"] = report.longrepr[2].removeprefix("Skipped: ")
-            self._write(**line)
+            add(self._path, **line)
 
 
 def _tail(text: str) -> str:

@@ -41,8 +41,10 @@ def table(parts: Sequence[Mapping[str, Any]]) -> str:
 def _row(part: Mapping[str, Any]) -> tuple[str, str, str]:
     """Status, seconds, and counts or the reason."""
     seconds = f"{part['seconds']:.0f} s" if "seconds" in part else ""
-    counts = ", ".join(f"{part[name]} {name}" for name in COUNTS if name in part)
-    return part["status"], seconds, part.get("reason", counts)
+    said = ", ".join(f"{part[name]} {name}" for name in COUNTS if name in part)
+    if part["status"] == "failed" and not part.get("failures") and "exit_code" in part:
+        said = f"exit code {part['exit_code']}" + f", {said}" * bool(said)
+    return part["status"], seconds, part.get("reason", said)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -39,15 +39,14 @@ class Runner:
 
     def __init__(self, log: Path) -> None:
         self.stopped = False
-        self._log = log.open("a", encoding="utf-8")
+        self._log = log
         self._lock = threading.Lock()
         self._live: set[subprocess.Popen[str]] = set()
 
     def say(self, name: str, line: str) -> None:
         """A line of the log, behind the name of the part that it belongs to."""
-        with self._lock:
-            self._log.write(f"[{name}] {line.rstrip()}\n")
-            self._log.flush()
+        with self._lock, self._log.open("a", encoding="utf-8") as file:
+            file.write(f"[{name}] {line.rstrip()}\n")
 
     def run(
         self, name: str, command: Sequence[str], seconds: float, env: Mapping[str, str]
@@ -103,9 +102,10 @@ class Runner:
             _signal(process, signal.SIGKILL)
 
     def _read(self, name: str, stream: IO[str], lines: list[str]) -> None:
-        for line in stream:
-            self.say(name, line)
-            lines.append(line)
+        with stream:
+            for line in stream:
+                self.say(name, line)
+                lines.append(line)
 
 
 def _ends(process: "subprocess.Popen[str]", seconds: float) -> bool:

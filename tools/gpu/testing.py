@@ -146,46 +146,46 @@ def _job(
     if run.runner.stopped or deadline - time.monotonic() < LEAST:
         run.record.end(run.begin(step, job.name, words), "not reached")
         return
-    part, seconds, known = run.begin(step, job.name, words, job.launcher), 0.0, -1
+    part, seconds, known = run.begin(step, job.name, words, job.launcher), 0.0, 0
     while True:
         done = run.again(part, words, deadline - time.monotonic(), job.launcher)
         seconds += done.seconds
         lines = outcomes.read(path)
-        found = {line["test"]: line for line in lines}
-        ended = not any(line["outcome"] == "begun" or "lost" in line for line in lines[-1:])
-        if done.timed_out or run.runner.stopped or ended or len(found) == known:
+        if done.timed_out or run.runner.stopped or len(lines) == known:
+            break
+        known, last = len(lines), lines[-1]
+        if last["outcome"] == "begun":
+            message = f"the process ended in it, with exit status {done.code}"
+            outcomes.add(path, test=last["test"], outcome="died", message=message)
+        elif "lost" not in last:
             break
         if deadline - time.monotonic() < LEAST:
             break
-        known = len(found)
-    facts = summary(found.values(), done.timed_out or run.runner.stopped)
+    facts = summary(outcomes.read(path))
     status = "passed" if facts.get("passed") else "skipped"
-    # 5 is "no tests": also where all were done before the process was run again.
-    if facts["failures"] or done.code not in (0, 1, 2, 5):
+    # 5 is "no tests": all were done before the process was run again.
+    if facts["failures"] or done.code not in (0, 5):
         status = "failed"
     run.end(part, done._replace(seconds=seconds), status=status, **facts)
 
 
-def summary(lines: Iterable[Mapping[str, Any]], cut: bool) -> dict[str, Any]:
-    """What the last lines of all tests come to.
+def summary(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the last line of every test comes to.
 
     Args:
-        lines: of a file of outcomes, the last one of each test.
-        cut: the process was ended from outside, so a test without an end says nothing.
+        lines: of a file of outcomes.
 
     Returns:
-        {"passed": 3, "failed": 1, ..., "failures": [{"test", "message"}], "skips": {reason: 2}}.
+        {"passed": 3, "failed": 1, ..., "failures": [{"test", "message"}], "skips": {reason: 2}}; a
+        test that has begun and not ended is "cut off".
     """
     counts: Counter[str] = Counter()
     failures, skips = [], Counter[str]()
-    for line in lines:
-        outcome, message = line["outcome"], line.get("message", "")
-        if outcome == "begun":
-            outcome = "cut off" if cut else "died"
-            message = "the process ended in it; the log has the reason"
+    for line in {line["test"]: line for line in lines}.values():
+        outcome = "cut off" if line["outcome"] == "begun" else line["outcome"]
         counts[outcome] += 1
         if outcome in ("failed", "error", "died"):
-            failures.append({"test": line["test"], "message": message})
+            failures.append({"test": line["test"], "message": line["message"]})
         elif outcome == "skipped":
-            skips[message] += 1
+            skips[line.get("message", "expected to fail")] += 1
     return {**counts, "failures": failures, "skips": dict(skips.most_common())}
