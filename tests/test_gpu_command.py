@@ -249,6 +249,15 @@ def test_folders_of_this_machine_are_not_kept(run):
     assert kept(run)["doctor"] == {"python": "at ~/bin/python", "in": ["./x"]}
 
 
+def test_the_json_of_bench_is_kept_twice_and_names_no_folder(run, monkeypatch):
+    path = run.record.folder / "bench.json"
+    data = {"records": [], "environment": {"command": f"bench --json {path}"}}
+    monkeypatch.setattr(Run, "python", lambda *_: path.write_text(json.dumps(data)))
+    verbs.bench(run, 60)
+    assert kept(run)["bench"] == json.loads(path.read_text())
+    assert kept(run)["bench"]["environment"]["command"] == "bench --json OUT/bench.json"
+
+
 def test_a_page_that_cannot_be_made_ends_nothing(run):
     run.record.put(tune={"problems": {"decode": {"best": None}}})
     text = (run.record.folder / "gpu.md").read_text()

@@ -58,7 +58,7 @@ def _cell(word: object) -> str:
 
 def _environment(data: Mapping[str, Any], folder: Path) -> list[str]:
     rows = [(name, _flat(fact)) for name, fact in data["environment"].items() if fact]
-    return _markdown(("", ""), [*rows, ("extension", data.get("extension", "not yet looked for"))])
+    return _markdown(("", ""), [*rows, ("extension", data.get("extension", "not looked for"))])
 
 
 def _flat(fact: object) -> object:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 SHARES = {
     "install": (60, 10),
     "doctor": (25, 25),
-    "tests": (175, 85),
+    "tests": (175, 105),
     "tune": (60, 65),
     "bench": (140, 60),
     "profile": (60, 35),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,9 @@ class Record:
 
     def __init__(self, folder: Path, data: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder = folder.resolve()
+        self._names = {str(self.folder): "OUT", str(ROOT): ".", str(Path.home()): "~"}
+        self._names[tempfile.gettempdir()] = "TMP"
         self.data: dict[str, Any] = {**data, "parts": [], "finished": False}
         self._lock = threading.RLock()
         self.write()
@@ -56,20 +59,20 @@ class Record:
     def write(self) -> None:
         """Writes both files; a reader, or a run that is cut off, never finds half of one."""
         with self._lock:
-            data = anonymous(self.data)
+            data = self.anonymous(self.data)
             _replace(self.folder / "gpu.json", json.dumps(data, indent=1) + "\n")
-            _replace(self.folder / "gpu.md", page.render(data, self.folder))
+            _replace(self.folder / "gpu.md", self.anonymous(page.render(data, self.folder)))
 
-
-def anonymous(data: Any) -> Any:
-    """The data without the folders of this machine: the checkout's is ".", the user's "~"."""
-    if isinstance(data, dict):
-        return {anonymous(key): anonymous(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [anonymous(value) for value in data]
-    if isinstance(data, str):
-        return data.replace(str(ROOT), ".").replace(str(Path.home()), "~")
-    return data
+    def anonymous(self, data: Any) -> Any:
+        """The data without this machine's folders: OUT, ".", "~" and TMP stand for them."""
+        if isinstance(data, dict):
+            return {key: self.anonymous(value) for key, value in data.items()}
+        if isinstance(data, list):
+            return [self.anonymous(value) for value in data]
+        if isinstance(data, str):
+            for folder, name in self._names.items():
+                data = data.replace(folder, name)
+        return data
 
 
 def _replace(path: Path, text: str) -> None:

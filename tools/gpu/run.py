@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class Run:
         self, step: str, name: str, words: Sequence[str], launcher: Sequence[str] = ()
     ) -> dict[str, Any]:
         """A part of a step that begins."""
-        return self.record.begin(step, name, command=" ".join((*launcher, "python", *words)))
+        return self.record.begin(step, name, command=shlex.join((*launcher, "python", *words)))
 
     def again(
         self,

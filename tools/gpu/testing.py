@@ -65,7 +65,7 @@ INTERPRETED = tuple(
     Job(f"{path}, interpreted", f"tests/{path}.py", keywords, "interpreter and not slow")
     for path, keywords in (
         ("attention/test_tile_edges", "triton"),
-        ("attention/test_triton_decode", "number_of_splits"),
+        ("attention/test_triton_decode", "number_of_splits and 8"),
         ("patch_embed/test_edges", "triton and (odd or dout)"),
     )
 )
@@ -87,7 +87,7 @@ def tests(run: Run, seconds: float) -> None:
 
     In a dry run the former skip themselves, and a few of the latter are interpreted.
     """
-    jobs = [*JOBS, *(INTERPRETED if run.dry else SHARED)]
+    jobs = [*INTERPRETED, *JOBS] if run.dry else [*JOBS, *SHARED]
     _at_once(run, "tests", jobs, seconds, TEST_SECONDS)
 
 
@@ -138,15 +138,15 @@ def _job(
     run: Run, step: str, job: Job, path: Path, deadline: float, test_seconds: float | None
 ) -> None:
     """One job; where a test has killed its process, or its GPU context, those behind it as well."""
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tools.gpu.outcomes"]
-    words += ["--outcomes", str(path), "-m", job.marks, "-k", job.keywords]
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", job.marks)
+    pytest += ("-k", job.keywords, job.path)
+    words = (*pytest, "-p", "tools.gpu.outcomes", "--outcomes", str(path))
     if test_seconds is not None:
-        words += ["--test-seconds", str(test_seconds)]
-    words.append(job.path)
+        words += ("--test-seconds", str(test_seconds))
     if run.runner.stopped or deadline - time.monotonic() < LEAST:
-        run.record.end(run.begin(step, job.name, words), "not reached")
+        run.record.end(run.begin(step, job.name, pytest), "not reached")
         return
-    part, seconds, known = run.begin(step, job.name, words, job.launcher), 0.0, 0
+    part, seconds, known = run.begin(step, job.name, pytest, job.launcher), 0.0, 0
     while True:
         done = run.again(part, words, deadline - time.monotonic(), job.launcher)
         seconds += done.seconds
