@@ -14,7 +14,7 @@ import torch
 
 from tools.gpu import __main__ as command
 from tools.gpu import install, page, plan, verbs
-from tools.gpu.process import ROOT, Runner
+from tools.gpu.process import ROOT, Done, Runner
 from tools.gpu.record import Record
 from tools.gpu.run import Run, limit, parsed
 
@@ -334,8 +334,6 @@ def test_without_a_wheel_the_extension_is_built_where_nvcc_is(checkout, tmp_path
     assert kept(on_gpu)["extension"] == "_C.abi3.so, which was there"
 
 
-def built(checkout: Path):
-    from tools.gpu.process import Done
-
+def built(checkout: Path) -> Done:
     (checkout / "mmkernels" / "_C.abi3.so").touch()
     return Done(0, False, 1.0, "")

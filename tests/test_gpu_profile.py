@@ -7,6 +7,7 @@ import torch
 
 from tools import profiled
 from tools.gpu import profile
+from tools.gpu.process import Done
 
 CASES = [
     {"case": "forward", "backend": "triton"},
@@ -108,7 +109,7 @@ class FakeRun:
                 file.write("\n".join(self.table))
         elif "--clock" in words:
             printed["rows"] = [{"kernel": "x"}]
-        return type("Done", (), {"stdout": json.dumps(printed)})
+        return Done(0, False, 1.0, f"==WARNING== of ncu\n{json.dumps(printed)}\n")
 
 
 def test_it_counts_where_ncu_may(monkeypatch):

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 SHARES = {
     "install": (60, 10),
     "doctor": (25, 25),
-    "tests": (175, 105),
+    "tests": (165, 105),
     "tune": (60, 65),
-    "bench": (140, 60),
+    "bench": (150, 60),
     "profile": (60, 35),
     "sanitize": (0, 0),
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.gpu.process import Done
 from tools.gpu.run import Run, limit, parsed, tool
 
 BACKENDS = ("triton", "cuda")
@@ -65,7 +66,7 @@ def _by_ncu(run: Run, backend: str, words: tuple[str, ...], seconds: float) -> d
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     for line in lines:
         run.runner.say("ncu", line)
-    launched = parsed(done.stdout)
+    launched = _printed(done)
     try:
         rows = counted(lines, launched.get("cases", []))
         why = next((line for line in lines if "==ERROR==" in line), "ncu counted no kernel")
@@ -82,7 +83,12 @@ def _by_clock(
     """The same from torch's profiler and the ceilings of this machine."""
     words = (*words, "--clock", "--limit", limit(seconds))
     done = run.python("profile", f"by the clock, {backend}", words, seconds)
-    return {"source": "torch.profiler", "why_not_ncu": why_not, **parsed(done.stdout)}
+    return {"source": "torch.profiler", "why_not_ncu": why_not, **_printed(done)}
+
+
+def _printed(done: Done) -> dict[str, Any]:
+    """What the script has printed in its last line, whatever a launcher says besides."""
+    return parsed(next((x for x in reversed(done.stdout.splitlines()) if x.startswith("{")), ""))
 
 
 def counted(lines: Sequence[str], cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ class Record:
 
         Args:
             part: that `begin` returned.
-            status: "passed", "failed", "timed out", "cut off", "not reached" or "not possible".
+            status: "passed", "failed", "timed out", "cut off", "skipped", "not reached" or "not
+                possible".
             facts: what else is to be known.
         """
         with self._lock:
