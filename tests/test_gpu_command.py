@@ -184,6 +184,13 @@ def test_what_ignores_an_interrupt_is_ended_with_all_that_it_started(run, monkey
     assert is_gone(int(done.stdout))
 
 
+def test_what_begins_after_the_end_ends_at_once(run):
+    run.runner.stop()
+    done = run.python("tests", "late", ["-c", "import time; time.sleep(60)"], 60)
+    assert done.code == -signal.SIGKILL and done.seconds < 20
+    assert statuses(run) == {"late": "cut off"}
+
+
 def is_gone(pid: int) -> bool:
     """Whether a process has ended, at most 5 seconds from now."""
     for _ in range(50):
