@@ -3,7 +3,6 @@
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -49,11 +48,3 @@ def _os() -> str:
     except (OSError, KeyError):
         name = platform.system()
     return f"{name}, {platform.machine()}"
-
-
-def peak_memory() -> int:
-    """Most bytes that this process ever had in memory: VmHWM of Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; measure peak memory on Linux")

@@ -213,6 +213,28 @@ def _extension() -> Fact:
     return Fact(problem=error) if error else Fact("loaded")
 
 
+def _tile_sizes() -> Fact:
+    """Which tables serve the Triton kernels on each kind of GPU, and what to know of them."""
+    torch = _import_torch()
+    from mmkernels._core import triton_runtime, tuning_choice, tuning_store
+
+    if not torch.cuda.is_available():
+        return Fact(problem="torch sees no GPU to choose them for")
+    places = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    gpus = {
+        gpu.name: gpu for gpu in (triton_runtime.gpu_of(torch.empty(0, device=x)) for x in places)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the note says the same
+        texts = [
+            "; ".join(filter(None, (tuning_choice.serving(gpu), tuning_choice.note(gpu))))
+            for gpu in gpus.values()
+        ]
+        tuned = all(tuning_store.load(name).entries for name in gpus)
+    value = " | ".join(f"{name}: {text}" for name, text in zip(gpus, texts, strict=True))
+    return Fact(value, remedy=None if tuned else "python -m mmkernels tune")
+
+
 PROBES: dict[str, Callable[[], Fact]] = {
     "mmkernels": _mmkernels,
     "python": _python,
@@ -227,6 +249,7 @@ PROBES: dict[str, Callable[[], Fact]] = {
     "driver": _driver,
     "nvcc": _nvcc,
     "extension": _extension,
+    "tile sizes": _tile_sizes,
 }
 
 

@@ -30,13 +30,11 @@ def test_a_smoke_test_runs_and_writes_all_that_a_reader_needs(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smoke, not a result" in done.stdout
-    assert "| window 256 | float32 | forward | SDPA, dense mask |" in done.stdout
     run = report.Run.load(path)
     assert report.SMOKE in report.summary(run)
     assert (run.environment["quick"], run.environment["threads"]) == (True, 1)
     assert "pytest benchmarks --quick" in run.environment["command"]
     check_json(path)
-    check_attention(run)
     check_patches(run)
     assert "### Patch embedding" in report.tables(run)
     assert "**Patch embedding.**" in report.patch_summary(run)
@@ -95,18 +93,6 @@ def test_statistics():
     found = timing.summary([4.0, 1.0, 3.0, 2.0, 5.0])
     assert (found["median_s"], found["iqr_s"]) == (3.0, 2.0)
     assert timing.speedup([1.0, 2.0, 4.0], [2.0, 6.0, 4.0]) == {"ratio": 2.0, "pairwise_ratio": 2.0}
-
-
-def test_a_wrong_result_stops_the_benchmark():
-    from benchmarks.peers import Problem, Size, ours
-
-    problem = Problem(Size(64, 2, 16), None, torch.float32)
-    results = problem.solver(ours(None), backward=True)()
-    assert problem.check("right", results) < 1e-5
-    for index, name in enumerate(("out", "dq", "dk", "dv")):
-        wrong = [x * 1.001 if i == index else x for i, x in enumerate(results)]
-        with pytest.raises(AssertionError, match=f"wrong: {name}"):
-            problem.check("wrong", wrong)
 
 
 def test_a_wrong_patch_embedding_stops_the_benchmark():

@@ -11,7 +11,15 @@ import torch
 
 import mmkernels
 from mmkernels import doctor
-from mmkernels._core import library, registry, selftest
+from mmkernels._core import (
+    library,
+    registry,
+    selftest,
+    triton_runtime,
+    tuning_choice,
+    tuning_entries,
+    tuning_store,
+)
 
 ROOT = Path(mmkernels.__file__).parent.parent
 
@@ -209,3 +217,43 @@ def test_why_an_extension_does_not_load_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "__file__", str(package / "_core" / "library.py"))
     reason = library.load_error.__wrapped__()
     assert "invalid ELF header" in reason or "file too short" in reason
+
+
+@pytest.fixture
+def on_an_h100(tmp_path, monkeypatch):
+    """As if torch saw two of them, and the user had measured nothing."""
+    gpu = triton_runtime.KNOWN_GPUS["sm_90"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning_store, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: device)
+    monkeypatch.setattr(triton_runtime, "gpu_of", lambda x: gpu)
+    tuning_choice.forget()
+    yield gpu
+    tuning_choice.forget()
+
+
+def test_it_says_which_tile_sizes_serve_a_gpu(on_an_h100):
+    fact = doctor.PROBES["tile sizes"]()
+    assert fact.value == "NVIDIA H100: the built-in table of sm_90, never measured"
+    assert fact.remedy == "python -m mmkernels tune"
+
+
+def test_it_says_how_many_were_measured_here_and_what_is_not_used(on_an_h100):
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    entry = {"problem": "forward D64 Dv64 float16", "config": config}
+    old = {"problem": "forward D64 Dv64 float32", "config": config}
+    file = tuning_store.merge(on_an_h100.name, [entry | tuning_entries.made_with(), old])
+    fact = doctor.PROBES["tile sizes"]()
+    assert fact.value.startswith(f"NVIDIA H100: 1 measured here, in {file}; the built-in table of")
+    assert f"1 tuned configurations in {file} were measured with another triton" in fact.value
+    assert fact.remedy is None
+
+
+def test_a_broken_file_of_tile_sizes_is_shown(on_an_h100):
+    file = tuning_store.path(on_an_h100.name)
+    file.parent.mkdir()
+    file.write_text("{")
+    fact = doctor.PROBES["tile sizes"]()
+    assert f"{file} is not a file of tuned configurations" in fact.value

@@ -67,7 +67,7 @@ class Row(NamedTuple):
 
     @property
     def config(self) -> tuning.Config:
-        return tuning.default(self.problem, KNOWN_GPUS[self.arch])
+        return self.problem.default(KNOWN_GPUS[self.arch])
 
 
 class Report(NamedTuple):

@@ -4,43 +4,17 @@ Every coefficient was fitted to what Triton 3.8 makes of the kernels for the GPU
 `triton_runtime.KNOWN_GPUS`.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS, Gpu
+from mmkernels._core.tuning_choice import Config
 
-KERNELS = ("forward", "backward_keys", "backward_queries", "backward_bias", "decode")
-
-
-class Config(NamedTuple):
-    """Compile-time choices of a kernel: BLOCK_M queries and BLOCK_N keys in a tile."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-class Problem(NamedTuple):
-    """What a configuration depends on.
-
-    Attributes:
-        kernel: one of KERNELS; "backward_keys" makes dk and dv, "backward_queries" dq.
-        head_dim: of q and k, as it is.
-        value_dim: of v, as it is.
-        dtype: of q, k and v.
-        masked: there is an interval mask.
-        bias: tiles of a bias are loaded, too.
-    """
-
-    kernel: str
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    masked: bool
-    bias: bool = False
-
+if TYPE_CHECKING:
+    from mmkernels._core.tuning import Problem
 
 MIN_BLOCK = 16  # of the hardware's products
 SCRATCH = KIB + 512  # reductions across warps, barriers
@@ -99,7 +73,7 @@ def _tiles(problem: Problem, config: Config) -> _Tiles:
     return _Tiles((m * d,), (n * d, n * dv), m * dv, 1, m * n * (d + dv))
 
 
-def _has_wgmma(gpu: Gpu) -> bool:
+def has_wgmma(gpu: Gpu) -> bool:
     """Products read both operands from shared memory; elsewhere warps load them into registers."""
     return gpu.arch.startswith(("sm_90", "sm_10"))
 
@@ -114,7 +88,7 @@ def shared_bytes(problem: Problem, config: Config, gpu: Gpu) -> int:
     tiles, scores = _tiles(problem, config), config.BLOCK_M * config.BLOCK_N
     resident, stage = sum(tiles.resident), sum(tiles.streamed)
     backward, half = problem.kernel.startswith("backward"), size == 2
-    buffers = stages if _has_wgmma(gpu) and half else max(stages - 1, 1)
+    buffers = stages if has_wgmma(gpu) and half else max(stages - 1, 1)
     if gpu.arch.startswith("sm_10") and backward and stages > 1:
         buffers += 1  # transposed copies
     # Beside what is streamed: probabilities between two products, or operands in a second layout.
@@ -140,7 +114,7 @@ def registers(problem: Problem, config: Config, gpu: Gpu = KNOWN_GPUS["sm_90"]) 
     if problem.bias:
         words += 2 * scores  # an address for every element
     other = 30  # pointers, bounds, row maxima and sums
-    if not _has_wgmma(gpu):
+    if not has_wgmma(gpu):
         other += 30  # an address for every element copied
         if problem.kernel != "backward_keys":
             words += sum(tiles.resident) * size // 4

@@ -1,7 +1,6 @@
-"""What tuning runs: one call of an op a problem, with the reference's results beside it."""
+"""What tuning attention runs: one call of an op, with the reference's results beside it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from mmkernels import testing
 from mmkernels._core import ops
 from mmkernels._core.tuning import Problem
+from mmkernels._core.tuning_search import Case
 from mmkernels.attention.decode import bounds
 from mmkernels.attention.interval import IntervalMask
 
@@ -30,22 +30,13 @@ TIMED, CHECKED = Sizes(4, 2048, 2048, 16, 4), Sizes(2, 261, 653, 4, 2)
 TIMED_DECODE, CHECKED_DECODE = Sizes(32, 1, 4096, 32, 8), Sizes(3, 1, 653, 8, 2)
 # Queries and page size, 0 for no pages, of what a configuration of decode serves besides: pages,
 # looked up by key or by tile and with nearly twice the stages, and the most rows of a tile.
-DECODE_VARIANTS, VARIANT_KEYS = ((1, 16), (1, 128), (13, 0), (13, 16)), 640
-
-
-@dataclass(frozen=True)
-class Case:
-    """A problem and what can be done with it.
-
-    Attributes:
-        problem: whose kernel is run.
-        verify: runs the kernel on a small input; raises unless the results obey the error rule.
-        run: runs it on a large one.
-    """
-
-    problem: Problem
-    verify: Callable[[], None]
-    run: Callable[[], object]
+DECODE_VARIANTS, VARIED = ((1, 16), (1, 128), (13, 0), (13, 16)), Sizes(3, 1, 640, 8, 2)
+# For a dry run.
+TOY = {
+    "timed": Sizes(1, 1, 35, 2, 1),
+    "checked": Sizes(1, 5, 35, 2, 1),
+    "varied": Sizes(1, 1, 128, 2, 1),
+}
 
 
 def make_case(
@@ -54,6 +45,7 @@ def make_case(
     *,
     timed: Sizes | None = None,
     checked: Sizes | None = None,
+    varied: Sizes = VARIED,
     backend: str = "triton",
 ) -> Case:
     """The case of a problem, with the usual sizes unless others are given."""
@@ -63,7 +55,7 @@ def make_case(
     small = _Call(problem, checked or (CHECKED_DECODE if decode else CHECKED), device, "ragged")
     checks = [_check(small, problem, backend)]
     for queries, page_size in DECODE_VARIANTS if decode else ():
-        sizes = CHECKED_DECODE._replace(seqlen_q=queries, seqlen_k=VARIANT_KEYS)
+        sizes = varied._replace(seqlen_q=queries)
         checks.append(_check(_Call(problem, sizes, device, "", page_size), problem, backend))
 
     def verify() -> None:

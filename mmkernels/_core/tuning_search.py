@@ -1,15 +1,30 @@
 """The search of `python -m mmkernels tune`: every configuration verified, then timed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from mmkernels._core import tuning
-from mmkernels._core.tuning import Config, Problem
-from mmkernels._core.tuning_cases import Case
+from mmkernels._core import tuning_choice
+from mmkernels._core.tuning_choice import Config, Problem
 
 Measure = Callable[[Callable[[], object]], float]
 # The table's configuration stays unless another is this much faster: timings repeat no better.
 WORTHWHILE = 0.98
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem and what can be done with it.
+
+    Attributes:
+        problem: whose kernel is run.
+        verify: runs the kernel on a small input; raises unless the results obey the error rule.
+        run: runs it on a large one.
+    """
+
+    problem: Problem
+    verify: Callable[[], None]
+    run: Callable[[], object]
 
 
 class Trial(NamedTuple):
@@ -37,7 +52,7 @@ class Result(NamedTuple):
 def attempt(case: Case, config: Config, measure: Measure) -> Trial:
     """Verifies a configuration, then times it."""
     try:
-        with tuning.override(case.problem.kernel, config) as asked:
+        with tuning_choice.override(case.problem.kernel, config) as asked:
             case.verify()
             if not asked.used:
                 raise RuntimeError(f"the {case.problem.kernel} kernel did not run")
@@ -62,7 +77,7 @@ def search(
         measure: takes a function, returns the milliseconds of a call.
         step: called with the problem's name after every configuration.
     """
-    name, trials = tuning.key(problem), []
+    name, trials = problem.key(), []
     try:
         case = make(problem)
     except Exception as error:

@@ -1,29 +1,29 @@
-"""The file in the user's cache directory where `python -m mmkernels tune` keeps what it measured.
+"""Where tuned configurations lie: what the user measured, and what ships with the package.
 
-One JSON file a GPU model, {"gpu": its name, "entries": [entry]}. An entry has "problem", "config",
-"milliseconds" and what it was measured with: the versions of triton, torch and mmkernels, and a
-digest of the kernels and their table. One of another triton or mmkernels, or of other kernels, says
-nothing of these; it is kept and not used.
+`python -m mmkernels tune` keeps what it measured in one file a GPU model, in the user's cache
+directory. An entry of another triton or mmkernels, or of other kernels, says nothing of these; it
+is kept and not used. What ships lies beside this file, in `tuned/`; `tools/tuning_table.py` puts it
+there. It serves whatever it was measured with, for what it stands in for was never measured.
 """
 
+import contextlib
+import contextvars
 import fcntl
 import functools
-import hashlib
-import importlib.metadata
 import json
 import os
-import re
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import mmkernels
+from mmkernels._core import tuning_entries
+from mmkernels._core.tuning_entries import Entry, made_with, slug
 
-Entry = dict[str, Any]
-# Limits of a configuration's fields; all but the stages are powers of two.
-FIELDS = {"BLOCK_M": (16, 256), "BLOCK_N": (16, 256), "num_warps": (1, 16), "num_stages": (1, 8)}
-KERNELS, TABLE = Path(__file__).parents[1] / "attention", Path(__file__).with_name("tuning.py")
+SHIPPED = Path(__file__).with_name("tuned")
+# Where `elsewhere` keeps the user's files.
+_folder: contextvars.ContextVar[Path | None] = contextvars.ContextVar("folder", default=None)
 
 
 class Stored(NamedTuple):
@@ -39,70 +39,46 @@ def path(gpu_name: str) -> Path:
     Raises:
         OSError: the user has no home directory; names the fix.
     """
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError as error:  # no HOME, and no entry in the system's list of users
-        raise OSError(
-            f"there is no folder to save tuned configurations in: {error} Set XDG_CACHE_HOME to one"
-        ) from error
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")
-    return home / "mmkernels" / f"tuning-{slug}.json"
+    if (folder := _folder.get()) is None:
+        try:
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError as error:  # no HOME, and no entry in the system's list of users
+            raise OSError(
+                "there is no folder to save tuned configurations in: "
+                f"{error} Set XDG_CACHE_HOME to one"
+            ) from error
+        folder = home / "mmkernels"
+    return folder / f"tuning-{slug(gpu_name)}.json"
 
 
-def made_with() -> dict[str, str | None]:
-    """What an entry must have been measured with to be used."""
-    try:
-        triton: str | None = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
-    return {"triton": triton, "mmkernels": mmkernels.__version__, "kernels": _digest()}
+def shipped_path(gpu_name: str) -> Path:
+    """Where what ships for a GPU model lies, if anything does."""
+    return SHIPPED / f"{slug(gpu_name)}.json"
 
 
-@functools.cache
-def _digest() -> str:
-    """Of the kernels' sources, and of the table's, which a winner was faster than."""
-    sources = [*sorted(KERNELS.glob("triton_*.py")), TABLE]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
-
-
-def _allowed(field: str, value: object) -> bool:
-    low, high = FIELDS[field]
-    if type(value) is not int or not low <= value <= high:
-        return False
-    return field == "num_stages" or value & (value - 1) == 0
-
-
-def _flaw(entry: Any) -> str | None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("problem"), str):
-        return "an entry has no problem"
-    config = entry.get("config")
-    if isinstance(config, dict) and all(_allowed(field, config.get(field)) for field in FIELDS):
-        return None
-    ranges = ", ".join(f"{field} {low} to {high}" for field, (low, high) in FIELDS.items())
-    return f"the entry of {entry['problem']!r} has no config of {ranges}, in powers of two"
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """Within it, and its thread, the user's files lie in a temporary folder, which is removed."""
+    with tempfile.TemporaryDirectory(prefix="mmkernels-") as folder:
+        token = _folder.set(Path(folder))
+        try:
+            yield
+        finally:
+            _folder.reset(token)
 
 
 def read(gpu_name: str) -> list[Entry]:
-    """All entries of a GPU model, those of other versions among them; [] without a file.
+    """All entries of the user's for a GPU model, those of other versions among them.
 
     Raises:
         ValueError: the file cannot be read or is not one of ours; names the fix.
         OSError: there is no place for a file.
     """
-    file = path(gpu_name)
     try:
-        entries = list(json.loads(file.read_text(encoding="utf-8"))["entries"])
-        problem = next(filter(None, map(_flaw, entries)), None)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        raise ValueError(
-            f"{file} is not a file of tuned configurations ({problem}); move it away or delete "
-            "it, then run python -m mmkernels tune"
-        )
-    return entries
+        return tuning_entries.read(path(gpu_name))
+    except ValueError as error:
+        fix = "move it away or delete it, then run python -m mmkernels tune"
+        raise ValueError(f"{error}; {fix}") from error
 
 
 def merge(gpu_name: str, entries: list[Entry]) -> Path:
@@ -129,17 +105,21 @@ def merge(gpu_name: str, entries: list[Entry]) -> Path:
     return file
 
 
+def _switched_off() -> bool:
+    return os.environ.get("MMKERNELS_TUNING") == "0"
+
+
 @functools.cache
 def load(gpu_name: str) -> Stored:
-    """The usable entries of a GPU model, read once a process; MMKERNELS_TUNING=0: none."""
-    if os.environ.get("MMKERNELS_TUNING") == "0":
+    """The user's usable entries for a GPU model, read once a process; MMKERNELS_TUNING=0: none."""
+    if _switched_off():
         return Stored({}, "MMKERNELS_TUNING=0: no tuned configuration is used")
     try:
         everything = read(gpu_name)
     except OSError as error:
-        return Stored({}, f"no tuned configuration is used: {error}")
+        return Stored({}, f"no configuration that was tuned here is used: {error}")
     except ValueError as error:
-        warnings.warn(f"{error}. Until then the built-in table serves.", stacklevel=2)
+        warnings.warn(f"{error}. Until then the package's tables serve.", stacklevel=2)
         return Stored({}, str(error))
     if not everything:
         return Stored({}, None)
@@ -154,3 +134,23 @@ def load(gpu_name: str) -> Stored:
         f"than {now['triton']}, another mmkernels than {now['mmkernels']} or other kernels and are "
         "not used; run python -m mmkernels tune again",
     )
+
+
+@functools.cache
+def shipped(gpu_name: str) -> Stored:
+    """What ships for a GPU model, read once a process; MMKERNELS_TUNING=0: nothing."""
+    if _switched_off():
+        return Stored({}, None)  # `load` says so
+    try:
+        entries = tuning_entries.read(shipped_path(gpu_name))
+    except ValueError as error:
+        problem = f"{error}; install mmkernels anew"
+        warnings.warn(f"{problem}. Until then the built-in table serves.", stacklevel=2)
+        return Stored({}, problem)
+    return Stored({entry["problem"]: entry for entry in entries}, None)
+
+
+def is_of_these_kernels(entry: Entry) -> bool:
+    """Whether it was measured with this triton and these kernels."""
+    now = made_with()
+    return all(entry.get(name) == now[name] for name in ("triton", "kernels"))

@@ -59,7 +59,8 @@ class Case:
         mode: "forward", "backward", "decode", ...; never empty.
         make: builds the problem, its tensors on the device that the suite was asked for.
         scale: the size that the plot of a scaling has on its axis, such as S; None: not in a plot.
-        wall: on a GPU, too, time what a user waits for, launches included: of whole models.
+        wall: on a GPU, too, time what a user waits for, launches included: of whole models, and of
+            calls that compute next to nothing.
     """
 
     suite: str

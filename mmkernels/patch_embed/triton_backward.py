@@ -27,10 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels._core.triton_runtime import gpu_of, input_precision, launch
+from mmkernels._core.tuning_choice import configuration
 from mmkernels.patch_embed import gradients
 from mmkernels.patch_embed import triton_arguments as arguments
 from mmkernels.patch_embed import triton_config as configs
 from mmkernels.patch_embed.call import Call, Item, constants, items
+from mmkernels.patch_embed.triton_fit import BLOCK_P
 from mmkernels.patch_embed.triton_tiles import inside, normalize, patch_offset, patch_position
 
 
@@ -176,7 +178,6 @@ def sums_kernel(
         tl.store(p_masked + o_tile, tl.sum(masked, 0), mask=m_tile)
 
 
-BLOCK_P = {2: 64, 4: 32}  # patches of one step of the product, by the bytes of a weight
 MIN_STEPS = 4  # of a program's share
 BLOCK_B = 8  # samples that `sums_kernel` loads at once
 
@@ -224,15 +225,17 @@ def _weight_gradient(dout: Tensor, call: Call, item: Item) -> Tensor:
     layout = arguments.layout(call.weight.shape)
     width = layout.WIDTH * layout.CHUNKS
     columns = call.weight[0, ..., 0].numel() * width
-    config = configs.weight_gradient(dtype, gpu)
+    step = layout.WIDTH * layout.BLOCK_ROWS
+    problem = configs.Problem("patch_weight", step, item.pixels.dtype, dtype)
+    config = configuration(problem, gpu)
     tiles, patches = configs.tile_count(config, dim, columns), item.batch * item.tokens
-    step = BLOCK_P[dtype.itemsize]
-    splits = max(1, min(gpu.processors // tiles, patches // (MIN_STEPS * step)))
-    share = triton.cdiv(triton.cdiv(patches, splits), step) * step
+    block_p = BLOCK_P[dtype.itemsize]
+    splits = max(1, min(gpu.processors // tiles, patches // (MIN_STEPS * block_p)))
+    share = triton.cdiv(triton.cdiv(patches, splits), block_p) * block_p
     parts = torch.empty((splits, dim, columns), dtype=torch.float32, device=dout.device)
     scaling = arguments.scale_arguments(call)
     launch(
-        weight_kernel, (splits * tiles,), **config._asdict(), BLOCK_P=step, WIDTH=layout.WIDTH,
+        weight_kernel, (splits * tiles,), **config._asdict(), BLOCK_P=block_p, WIDTH=layout.WIDTH,
         CHUNKS=layout.CHUNKS, **arguments.pixel_arguments(call, item), patches=patches,
         share=share, D=dim, p_dweight=parts, VIDEO=item.grid[0] > 1,
         ALIGN=arguments.alignment(call, item), PRECISION=input_precision(dtype),

@@ -234,11 +234,12 @@ def forward(*inputs: Any) -> Tensor:
         rows, dim, gpu = item.batch * item.rows, len(weight), gpu_of(out)
         if rows == 0:
             continue
-        config = configs.forward(rows, dim, weight.dtype, gpu)
+        step = layout.WIDTH * layout.BLOCK_ROWS
+        problem = configs.Problem("patch_forward", step, item.pixels.dtype, weight.dtype)
+        config = configs.forward(problem, rows, dim, gpu)
         tiles = configs.tile_count(config, rows, dim)
         slots = gpu.processors * configs.row(weight.dtype, gpu).resident
         pixels = arguments.pixel_arguments(call, item)
-        step = layout.WIDTH * layout.BLOCK_ROWS
         p_weight, tma = arguments.weight_pointer(gpu, weight, config.BLOCK_N, step)
         launch(
             forward_kernel, (min(tiles, slots),), **config._asdict(), **layout._asdict(), **pixels,

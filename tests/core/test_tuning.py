@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mmkernels as mm
-from mmkernels._core import triton_runtime, tuning, tuning_store
+from mmkernels._core import triton_runtime, tuning, tuning_entries, tuning_store
 from mmkernels._core.triton_runtime import KIB, KNOWN_GPUS
 from mmkernels._core.tuning import Config, Problem
 
@@ -27,8 +27,9 @@ TUNED = Config(64, 64, 4, 2)
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache directory, and a process that has read nothing from it yet."""
+    """No tables but the built-in one, and a process that has read nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning_store, "SHIPPED", tmp_path / "shipped")
     monkeypatch.delenv("MMKERNELS_TUNING", raising=False)
     tuning.forget()
     yield tmp_path
@@ -37,9 +38,9 @@ def cache(tmp_path, monkeypatch):
 
 def entry(problem=PROBLEM, config=TUNED, **made_with):
     return {
-        "problem": tuning.key(problem),
+        "problem": problem.key(),
         "config": config._asdict(),
-        **tuning_store.made_with(),
+        **tuning_entries.made_with(),
         **made_with,
     }
 
@@ -58,7 +59,7 @@ def test_every_configuration_fits(arch, kernel):
     gpu = KNOWN_GPUS[arch]
     for problem in problems(kernel):
         config = tuning.configuration(problem, gpu)
-        assert tuning.fits(problem, config, gpu), (problem, config)
+        assert problem.fits(config, gpu), (problem, config)
         assert tuning.shared_bytes(problem, config, gpu) <= gpu.shared
         assert config.num_stages in (1, 2) if arch.startswith("gfx") else config.num_stages >= 1
         assert config.num_warps in (4, 8)
@@ -80,18 +81,18 @@ def test_tiles_of_hopper_are_tall_enough_for_wgmma(kernel):
 def test_candidates_fit_and_begin_with_the_table(arch, kernel):
     gpu = KNOWN_GPUS[arch]
     for problem in problems(kernel):
-        found = tuning.candidates(problem, gpu)
-        assert found[0] == tuning.default(problem, gpu)
+        found = problem.candidates(gpu)
+        assert found[0] == problem.default(gpu)
         assert len(set(found)) == len(found)
-        assert all(tuning.fits(problem, config, gpu) for config in found)
-    many = tuning.candidates(Problem(kernel, 64, 64, torch.bfloat16, True), H100)
+        assert all(problem.fits(config, gpu) for config in found)
+    many = Problem(kernel, 64, 64, torch.bfloat16, True).candidates(H100)
     assert 10 < len(many) < 80
 
 
 def test_a_gpu_with_less_memory_gets_smaller_tiles():
     for shared in range(200, 32, -8):
         gpu = replace(H100, shared=shared * KIB)
-        assert tuning.fits(PROBLEM, tuning.configuration(PROBLEM, gpu), gpu)
+        assert PROBLEM.fits(tuning.configuration(PROBLEM, gpu), gpu)
 
 
 def test_estimates_grow_with_the_tile():
@@ -128,7 +129,7 @@ def test_split_dim(dim, widths):
 def test_an_unknown_gpu_takes_the_nearest_rows_and_says_so(gpu, family):
     assert tuning.family(gpu) == family
     assert gpu.arch in tuning.note(gpu) and family in tuning.note(gpu)
-    assert tuning.fits(PROBLEM, tuning.configuration(PROBLEM, gpu), gpu)
+    assert PROBLEM.fits(tuning.configuration(PROBLEM, gpu), gpu)
     assert tuning.note(H100) is None
 
 
@@ -150,7 +151,7 @@ def test_a_tuned_configuration_is_used_for_its_problem_alone():
     tuning_store.merge(H100.name, [entry()])
     assert tuning.configuration(PROBLEM, H100) == TUNED
     for other in (PROBLEM._replace(masked=False), PROBLEM._replace(head_dim=64)):
-        assert tuning.configuration(other, H100) == tuning.default(other, H100)
+        assert tuning.configuration(other, H100) == other.default(H100)
     assert tuning.configuration(PROBLEM, KNOWN_GPUS["sm_80"]) != TUNED
     with tuning.override("forward", Config(16, 16, 4, 1)):
         assert tuning.configuration(PROBLEM, H100) == (16, 16, 4, 1)
@@ -160,13 +161,13 @@ def test_the_file_is_read_once(monkeypatch):
     tuning.configuration(PROBLEM, H100)
     monkeypatch.setattr(tuning_store, "read", lambda name: pytest.fail("read again"))
     other = PROBLEM._replace(head_dim=64)
-    assert tuning.configuration(other, H100) == tuning.default(other, H100)
+    assert tuning.configuration(other, H100) == other.default(H100)
 
 
 def test_tuning_can_be_switched_off(monkeypatch):
     tuning_store.merge(H100.name, [entry()])
     monkeypatch.setenv("MMKERNELS_TUNING", "0")
-    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    assert tuning.configuration(PROBLEM, H100) == PROBLEM.default(H100)
     assert "MMKERNELS_TUNING=0" in tuning.note(H100)
 
 
@@ -175,7 +176,7 @@ def test_tuning_can_be_switched_off(monkeypatch):
 )
 def test_entries_of_another_version_or_other_kernels_are_not_used_and_not_lost(made_with):
     file = tuning_store.merge(H100.name, [entry(**made_with)])
-    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    assert tuning.configuration(PROBLEM, H100) == PROBLEM.default(H100)
     note = tuning.note(H100)
     assert str(file) in note and "another triton" in note and "other kernels" in note
     assert f"another mmkernels than {mm.__version__}" in note and "tune again" in note
@@ -186,22 +187,28 @@ def test_entries_of_another_version_or_other_kernels_are_not_used_and_not_lost(m
     assert made_with.items() <= tuning_store.read(H100.name)[0].items()
 
 
-@pytest.mark.parametrize("source", ["attention/triton_decode.py", "_core/tuning.py"])
-def test_an_entry_is_of_the_kernels_and_of_the_table(source, tmp_path, monkeypatch):
-    shutil.copytree(tuning_store.KERNELS, tmp_path / "attention")
-    shutil.copy(tuning_store.TABLE, tmp_path / "tuning.py")
-    before = tuning_store._digest.__wrapped__()
-    monkeypatch.setattr(tuning_store, "KERNELS", tmp_path / "attention")
-    monkeypatch.setattr(tuning_store, "TABLE", tmp_path / "tuning.py")
-    assert tuning_store._digest.__wrapped__() == before
-    with open(tmp_path / source.removeprefix("_core/"), "a") as file:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "attention/triton_decode.py",
+        "_core/tuning.py",
+        "patch_embed/triton_forward.py",
+        "patch_embed/triton_config.py",
+    ],
+)
+def test_an_entry_is_of_the_kernels_and_of_their_tables(source, tmp_path):
+    kernels = shutil.ignore_patterns("*.so", "__pycache__")
+    copy = shutil.copytree(tuning_entries.PACKAGE, tmp_path / "mmkernels", ignore=kernels)
+    before = tuning_entries.digest(tuning_entries.PACKAGE)
+    assert tuning_entries.digest.__wrapped__(copy) == before
+    with open(copy / source, "a") as file:
         file.write("\n")
-    assert tuning_store._digest.__wrapped__() != before
+    assert tuning_entries.digest.__wrapped__(copy) != before
 
 
 def test_sources_are_read_only_where_there_is_a_file(monkeypatch):
-    monkeypatch.setattr(tuning_store, "_digest", lambda: pytest.fail("sources read"))
-    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    monkeypatch.setattr(tuning_entries, "digest", lambda _: pytest.fail("sources read"))
+    assert tuning.configuration(PROBLEM, H100) == PROBLEM.default(H100)
 
 
 def no_home():
@@ -211,7 +218,7 @@ def no_home():
 def test_a_user_without_a_home_has_the_table(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+    assert tuning.configuration(PROBLEM, H100) == PROBLEM.default(H100)
     assert "Set XDG_CACHE_HOME" in tuning.note(H100)
     with pytest.raises(OSError, match="Set XDG_CACHE_HOME"):
         tuning_store.merge(H100.name, [entry()])
@@ -223,8 +230,8 @@ def test_what_was_tuned_in_ieee_does_not_serve_tf32():
     tuning_store.merge(H100.name, [entry(problem, config)])
     assert tuning.configuration(problem, H100) == config
     with precision("tf32"):
-        assert tuning.key(problem).endswith("tf32 masked")
-        assert tuning.configuration(problem, H100) == tuning.default(problem, H100)
+        assert problem.key().endswith("tf32 masked")
+        assert tuning.configuration(problem, H100) == problem.default(H100)
     assert tuning.configuration(problem, H100) == config
 
 
@@ -295,7 +302,7 @@ def test_overrides_of_two_threads_do_not_meet():
 def test_a_tuned_configuration_that_does_not_fit_is_reported():
     tuning_store.merge(H100.name, [entry(config=Config(128, 128, 4, 4))])
     with pytest.warns(UserWarning, match=r"'forward D128.* does not fit NVIDIA H100.*tune"):
-        assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+        assert tuning.configuration(PROBLEM, H100) == PROBLEM.default(H100)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +324,7 @@ def test_a_corrupt_file_is_reported_with_the_fix_and_left_alone(content):
     file.parent.mkdir()
     file.write_text(content)
     with pytest.warns(UserWarning, match="delete it, then run python -m mmkernels tune"):
-        assert tuning.configuration(PROBLEM, H100) == tuning.default(PROBLEM, H100)
+        assert tuning.configuration(PROBLEM, H100) == PROBLEM.default(H100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuning.configuration(PROBLEM._replace(head_dim=64), H100)  # once a process

@@ -1,17 +1,21 @@
 """Does tuning hold every kernel to the error rule?"""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from mmkernels._core import registry, tuning, tuning_store
+from mmkernels._core import registry, tuning, tuning_choice, tuning_patch_cases
 from mmkernels._core.triton_runtime import KNOWN_GPUS
 from mmkernels._core.tuning import Config, Problem
 from mmkernels._core.tuning_cases import Sizes, make_case
+from mmkernels.patch_embed import triton_config
 
+ROOT = Path(tuning.__file__).parents[2]
 GPU = KNOWN_GPUS["sm_90"]
 TINY = {"timed": Sizes(1, 8, 8, 2, 1), "checked": Sizes(2, 21, 37, 4, 2)}
 GROUPS = 4  # query heads of a key head
@@ -96,28 +100,73 @@ def test_decode_is_also_verified_as_it_serves_pages_and_many_rows(
     assert calls == [(TINY["timed"].seqlen_q, False)]  # what is timed is the plain call alone
 
 
+@pytest.fixture
+def triton_patches_are_the_reference(monkeypatch):
+    """As above, for the patch embedding; `spoil` says of a call whether it is wrong, too."""
+    spoil = []
+    for op in ("patch_embed_forward", "patch_embed_backward"):
+        reference = next(b for b in registry.backends(op) if b.name == "reference")
+        kernel = "patch_forward" if op.endswith("forward") else "patch_weight"
+
+        def run(*inputs, reference=reference, kernel=kernel):
+            made = reference.fn(*inputs)
+            wrong = tuning_choice.overridden(kernel) == WRONG
+            wrong |= any(is_spoiled(*inputs[kernel == "patch_weight" :]) for is_spoiled in spoil)
+            scale = 1.1 if wrong else 1.0
+            return made * scale if kernel == "patch_forward" else (made[0], made[1] * scale)
+
+        others = [b for b in registry.backends(op) if b.name != "triton"]
+        fake = registry.Backend("triton", run, lambda *_: None, lambda *_: "by name")
+        monkeypatch.setitem(registry._table, op, (fake, *others))
+    return spoil
+
+
+@pytest.mark.parametrize("pixels", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", tuning_patch_cases.PATCH_STEPS.values())
+@pytest.mark.parametrize("kernel", tuning_choice.PATCH_KERNELS)
+def test_the_patch_kernels_are_held_to_the_error_rule(
+    kernel, step, dtype, pixels, triton_patches_are_the_reference
+):
+    problem = triton_config.Problem(kernel, step, pixels, dtype)
+    case = tuning_patch_cases.make_case(problem, "cpu", **tuning_patch_cases.TOY)
+    with tuning.override(kernel, RIGHT) as asked:
+        case.verify()
+        case.run()
+    assert asked.used
+    with tuning.override(kernel, WRONG), pytest.raises(AssertionError):
+        case.verify()
+
+
+@pytest.mark.parametrize("kernel", tuning_choice.PATCH_KERNELS)
+def test_patches_are_also_verified_with_statistics_and_a_mask(
+    kernel, triton_patches_are_the_reference
+):
+    problem = triton_config.Problem(kernel, 32, torch.uint8, torch.float32)
+    case = tuning_patch_cases.make_case(problem, "cpu", **tuning_patch_cases.TOY)
+    case.verify()
+    triton_patches_are_the_reference.append(lambda *inputs: bool(inputs[8]))  # a mean
+    with pytest.raises(AssertionError):
+        case.verify()
+    triton_patches_are_the_reference[:] = [lambda *inputs: inputs[6] is not None]  # a mask
+    with pytest.raises(AssertionError):
+        case.verify()
+
+
 @pytest.mark.interpreter
-def test_search_of_the_kernels_themselves(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code = """
-import torch
-from mmkernels import tune
-from mmkernels._core import tuning, tuning_cases
-from mmkernels._core.triton_runtime import KNOWN_GPUS
-sizes = tuning_cases.Sizes(1, 19, 35, 2, 1)
-results = tune.tune(
-    [tuning.Problem("forward", 16, 16, torch.float32, True)], KNOWN_GPUS["sm_90"],
-    lambda p: tuning_cases.make_case(p, "cpu", timed=sizes, checked=sizes),
-    measure=lambda run: (run(), 1.0)[1], quick=True,
-)
-[print(tune.render(r)) for r in results]
-assert all(t.problem is None for t in results[0].trials), results
-"""
+def test_search_of_the_kernels_themselves(tmp_path):
+    options = ["--kernel", "forward", "patch_forward", "patch_weight", "--head-dim", "16"]
+    options += ["--patch", "7", "--dtype", "float32", "--json"]
     run = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "mmkernels", "tune", "--dry-run", *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1", "XDG_CACHE_HOME": str(tmp_path)},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("forward D16 Dv16 float32 masked: ")
-    [entry] = tuning_store.read(GPU.name)
-    assert entry["problem"] == "forward D16 Dv16 float32 masked"
+    report = json.loads(run.stdout)
+    kernels = [name.split()[0] for name in report["problems"]]
+    # With and without a mask; of floats and of bytes, in two tile sizes.
+    assert kernels == ["forward"] * 2 + ["patch_forward"] * 4 + ["patch_weight"] * 2
+    for problem in report["problems"].values():
+        assert [t["problem"] for t in problem["trials"]] == [None, None]
+    assert report["dry_run"] is True and not list(tmp_path.rglob("*.json"))

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 import mmkernels as mm
 from mmkernels._core import tuning
-from mmkernels._core.tile_fit import Config
 from mmkernels._core.triton_runtime import KNOWN_GPUS, emulate
+from mmkernels._core.tuning_choice import Config
 from mmkernels.patch_embed import triton_arguments, triton_config
 from tests.triton_harness import Launch, recording_launcher, resources
 from tests.triton_sass import disassembled, product_loops
@@ -183,7 +183,8 @@ def test_float64_pixels_are_narrowed_before_a_tile_holds_them():
 )
 def test_tiles_are_chosen_by_the_waves_that_they_make(rows, dim, wanted):
     """On 132 multiprocessors 150 of the largest tiles take two turns, the second nearly empty."""
-    assert triton_config.forward(rows, dim, bf16, KNOWN_GPUS["sm_90"])[:2] == wanted
+    problem = triton_config.Problem("patch_forward", 64, bf16, bf16)
+    assert triton_config.forward(problem, rows, dim, KNOWN_GPUS["sm_90"])[:2] == wanted
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class Outcomes:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """The watch over one test; a test that must be skipped does not begin."""
+        """The watch over one test."""
         add(self._path, test=item.nodeid, outcome="begun")
         if self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=_STDERR)
