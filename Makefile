@@ -2,7 +2,7 @@
 # `make help` lists them.
 
 PYTHON ?= python3
-# Arguments for the demo, pytest and pytest-benchmark: make demo ARGS=--help
+# Arguments for the demo, pytest and the benchmarks: make demo ARGS=--help
 ARGS ?=
 
 VENV := .venv
@@ -95,12 +95,11 @@ docs: $(VENV)/.installed  ## rewrite what docs/ and README have from the code
 	$(VENV)/bin/python -m tools.support_matrix
 	$(VENV)/bin/python -m tools.model_table
 
-bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
-	@mkdir -p $(dir $(BENCH_JSON))
-	$(VENV)/bin/python -m pytest benchmarks --benchmark-json=$(BENCH_JSON) $(ARGS)
+bench: $(VENV)/.installed  ## run all benchmarks: a JSON, with tables, CSV and plots beside it
+	$(VENV)/bin/python -m mmkernels bench --json $(BENCH_JSON) $(ARGS)
 
-bench-report: $(VENV)/.installed  ## render README, docs and the plot from the newest benchmark JSON
-	$(VENV)/bin/python -m benchmarks.report
+bench-report: $(VENV)/.installed  ## render README, docs and plots from the newest committed JSON
+	$(VENV)/bin/python -m benchmarks.publish
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,1 +1,1 @@
-"""Benchmarks: `make bench` measures, `python -m benchmarks.report` renders what was measured."""
+"""The suites of `mmkernels.bench` under pytest-benchmark, their results, and what is published."""

@@ -21,6 +21,7 @@ __all__ = [
     "attention_rounding",
     "device_for",
     "eager_attention",
+    "eager_normalized",
     "eager_patch_embed",
     "make_qkv",
 ]
@@ -180,6 +181,35 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), lse.squeeze(-1)
 
 
+def eager_normalized(
+    pixels: Tensor,
+    dtype: torch.dtype,
+    pixel_mean: Sequence[float] | Tensor | None = None,
+    pixel_std: Sequence[float] | Tensor | None = None,
+) -> Tensor:
+    """Pixels as processors make them ready for a model: normalised in float32, then in `dtype`.
+
+    Args:
+        pixels: (B, C, *size); bytes become numbers from 0 to 1.
+        dtype: of the model; float64 is normalised in itself.
+        pixel_mean: one number a channel, or a tensor of them where pixels lie, as a model's buffer.
+        pixel_std: likewise.
+
+    Returns:
+        (B, C, *size) in `dtype`.
+    """
+    x = pixels
+    if x.dtype == torch.uint8:
+        x = x.to(torch.promote_types(dtype, torch.float32)) / 255
+    if pixel_mean is not None and pixel_std is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shape = (-1, *(1,) * (x.ndim - 2))
+        numbers = (pixel_mean, pixel_std)
+        mean, std = (torch.as_tensor(n, dtype=wide, device=x.device).view(shape) for n in numbers)
+        x = (x.to(wide) - mean) / std
+    return x.to(dtype)
+
+
 def eager_patch_embed(
     pixels: Tensor,
     weight: Tensor,
@@ -191,13 +221,13 @@ def eager_patch_embed(
     prefix_tokens: Tensor | None = None,
     token_mask: Tensor | None = None,
     mask_token: Tensor | None = None,
-    pixel_mean: Sequence[float] | None = None,
-    pixel_std: Sequence[float] | None = None,
+    pixel_mean: Sequence[float] | Tensor | None = None,
+    pixel_std: Sequence[float] | Tensor | None = None,
     pad: bool = False,
 ) -> Tensor:
     """Tokens as model code writes them, every step in the weight's dtype: the yardstick.
 
-    Pixels are normalised in float32, as processors do.
+    Pixels are those of `eager_normalized`.
 
     Args:
         pixels: (B, C, *size).
@@ -209,22 +239,14 @@ def eager_patch_embed(
         prefix_tokens: (P, D) or (B, P, D).
         token_mask: as in `mmkernels.patch_embed`.
         mask_token: likewise.
-        pixel_mean: one number a channel.
+        pixel_mean: as in `eager_normalized`.
         pixel_std: likewise.
         pad: as in `mmkernels.patch_embed`.
 
     Returns:
         (B, P + N, D) in the weight's dtype.
     """
-    x = pixels
-    if x.dtype == torch.uint8:
-        x = x.to(torch.promote_types(weight.dtype, torch.float32)) / 255
-    if pixel_mean is not None and pixel_std is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        shape = (-1, *(1,) * (x.ndim - 2))
-        mean, std = (torch.tensor(n, dtype=wide, device=x.device) for n in (pixel_mean, pixel_std))
-        x = (x.to(wide) - mean.view(shape)) / std.view(shape)
-    x = x.to(weight.dtype)
+    x = eager_normalized(pixels, weight.dtype, pixel_mean, pixel_std)
     kernel = weight.shape[2:]
     steps = (stride,) * len(kernel) if isinstance(stride, int) else tuple(stride or kernel)
     if pad:

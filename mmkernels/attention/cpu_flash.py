@@ -19,10 +19,10 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Can `forward` take these as they are?"""
+    """Can `forward` and `backward` take these as they are?"""
     return (
         q.shape[3] == v.shape[3]
-        and q.shape[2] == k.shape[2]
+        and (q.shape[2] == k.shape[2] or q.shape[0] == 1)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and q.numel() > 0
         and v.numel() > 0

@@ -19,7 +19,8 @@ def measure(case: Case, clock_: Clock, device: torch.device, turns: Turns) -> di
         What `Case` says of it, "flops", "bytes", "results" by implementation (median_s, iqr_s,
         times_s, first_call_s, launch_s, timer, peak_bytes, max_error and, for peers, ratio and
         pairwise_ratio), "left_out" (implementation -> why), and "failed": None, or what is wrong
-        with one of ours; then nothing is timed.
+        with one of ours. Then nothing is timed; nor where `OURS` is left out, as is a case whose
+        library is not installed.
     """
     record: dict[str, Any] = {
         "suite": case.suite,
@@ -39,6 +40,8 @@ def measure(case: Case, clock_: Clock, device: torch.device, turns: Turns) -> di
         problem = case.make()
         record |= {"flops": problem.flops, "bytes": problem.bytes}
         _compare(problem, record, clock_, device, turns, case.wall)
+    except Unavailable as error:
+        record["left_out"] |= {OURS: str(error)}
     except Exception as error:  # one case shall not end a run; it is kept, shown, and counts as red
         record |= {"failed": _one_line(error), "results": {}}
     return record

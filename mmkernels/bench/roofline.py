@@ -19,21 +19,15 @@ def measure(device: torch.device, quick: bool) -> dict[str, dict[str, float]]:
     """{"matmul": FLOP/s by dtype, "copy": {"bytes": bytes/s, read and written}}.
 
     The best of several samples: a ceiling is what the machine can do when nothing disturbs it.
-    float32 is IEEE, as in the kernels, whatever the process allows matrix products.
     """
     edge, size = (QUICK_SIZES if quick else SIZES)[device.type]
     samples = QUICK_SAMPLES if quick else SAMPLES
     clock_ = clock.of(device)
     copy = 2 * size / _best(_copy(size, device), clock_, samples)
     matmul = {}
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        for dtype in DTYPES:
-            seconds = _best(_product(edge, dtype, device), clock_, samples)
-            matmul[str(dtype).removeprefix("torch.")] = 2 * edge**3 / seconds
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    for dtype in DTYPES:
+        seconds = _best(_product(edge, dtype, device), clock_, samples)
+        matmul[str(dtype).removeprefix("torch.")] = 2 * edge**3 / seconds
     return {"matmul": matmul, "copy": {"bytes": copy}}
 
 

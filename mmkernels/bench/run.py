@@ -44,7 +44,7 @@ def measured(
         {"schema", "environment", "ceilings", "records", "not_reached", "finished"}.
     """
     began, clock_ = time.monotonic(), clock.of(device)
-    with fresh_caches():
+    with fresh_caches(), ieee_float32():
         data: dict[str, Any] = {
             "schema": SCHEMA,
             "environment": environment.describe(device, quick, command),
@@ -94,3 +94,18 @@ def fresh_caches() -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+@contextmanager
+def ieee_float32() -> Iterator[None]:
+    """Within it float32 is IEEE for all, as in the kernels, and cuDNN measures its algorithms.
+
+    Otherwise torch's convolutions round to TF32, and so would the yardstick of the error rule.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -101,10 +101,7 @@ QUICK = (
 TELLING = ("PaliGemma 3B 448", "Qwen2.5-VL vision")
 # Of each mask one.
 DIFFERENT = (*QUICK, "Gemma 3 4B, images in text", "SmolLM2-135M, batch of prompts")
-TRAINED_ON_CPU = (
-    "PaliGemma 3B 448", "Gemma 3 4B, images in text", "Qwen2.5-7B",
-    "Qwen2.5-VL vision, windowed layer",
-)  # fmt: skip
+TRAINED_ON_CPU = ("PaliGemma 3B 448", "Qwen2.5-7B", "Qwen2.5-VL vision, windowed layer")
 
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
 # A model's name, dtype, mode, and whether the slow peers take part.

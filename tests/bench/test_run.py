@@ -1,5 +1,6 @@
 """Is a run's JSON whole, kept if the run is cut off, and honest about what was not reached?"""
 
+import dataclasses
 import json
 import os
 
@@ -71,12 +72,18 @@ def test_the_slower_of_two_ceilings_bounds_the_time():
     assert roofline.least_seconds(ceilings, "uint8", 800.0, None) is None
 
 
-def test_products_of_the_ceiling_are_in_full_float32():
+def test_float32_is_ieee_in_a_run_and_then_as_before():
+    cudnn, seen = torch.backends.cudnn, []
+
+    def state():
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        roofline.measure(CPU, quick=True)
-        assert torch.get_float32_matmul_precision() == "high"
+        measured([dataclasses.replace(case(), make=lambda: seen.append(state()))])
+        assert seen == [("highest", False, True)]
+        assert state() == ("high", True, False)
     finally:
         torch.set_float32_matmul_precision(before)
 
