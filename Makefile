@@ -67,8 +67,8 @@ test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Tr
 	TRITON_INTERPRET=0 $(OLDEST)/bin/python -m pytest -m "compiled and not slow and not gpu" $(PARALLEL) $(ARGS)
 
 # Offline, with the Python that is there: torch, triton, numpy and pytest are all that it needs.
-gpu:  ## run what needs a GPU, into the folder OUT; STEP=tests or STEP=sanitize for one part
-	$(PYTHON) -m tools.gpu $(STEP)
+gpu:  ## run what needs a GPU, into the folder OUT; STEP=tests,bench for some; DRY_RUN=1 without a GPU
+	OUT="$(OUT)" DRY_RUN="$(DRY_RUN)" $(PYTHON) -m tools.gpu $(STEP)
 
 # $(call compiled_wheel,source): of the tree or an sdist, into dist/.
 compiled_wheel = MMKERNELS_BUILD_CUDA=1 $(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation \
