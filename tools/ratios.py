@@ -2,12 +2,17 @@
 
 A time says as much of the machine's other work as of the code. The ratio to a peer that takes turns
 with mmkernels in the same process does not, but for noise; how much that is on a machine, repeated
-runs say. A baseline holds for the CPU, the threads and the torch that it was recorded with.
+runs say. A baseline holds for the CPU and the torch that it was recorded with.
+
+All run in one thread: where other processes have a core, several threads wait for the one that lost
+its own, and a ratio says who was hit.
 """
 
 import dataclasses
+import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +26,32 @@ RUNS, TRIES = 7, 3
 # A band is the largest deviation of a run from the median, times this, and no less than that.
 MARGIN, LEAST_BAND = 1.5, 0.15
 # Case of the suites, by what `str` gives -> the peer.
-WATCHED: dict[str, str] = {}
+WATCHED = {
+    "attention, SigLIP-so400m/14 384, B1 H16 S729 D72, full, float32, forward": "SDPA",
+    "attention, Qwen2.5-7B, B1 H28/4 S1024 D128, causal, float32, forward": "SDPA (is_causal)",
+    "attention, Qwen2.5-7B, B1 H28/4 S1024 D128, causal, float32, forward + backward":
+        "SDPA (is_causal)",
+    "attention, Qwen2.5-VL vision, B1 H16 S1568 D80, 3 packed images, float32, forward":
+        "SDPA (dense mask)",
+    "attention, SmolLM2-135M, batch of prompts, B4 H9/3 S512 D64, causal, left padding, float32, "
+    "forward": "SDPA (dense mask)",
+    "scaling, attention, B1 H2 S2048 D64, window 256, float32, forward": "SDPA (dense mask)",
+    "decode, Llama-3-8B, paged, B4 H32/8 S512–2048 D128, float32, decode":
+        "SDPA (pages gathered, dense mask)",
+    "patches, ViT-B/16 224, B8 3×224×224 P16 D768, float32, forward": "F.conv2d",
+    "patches, ViT-B/16 224, B8 3×224×224 uint8 P16 D768, float32, forward": "F.conv2d",
+    "patches, ViT-B/16 224, B8 3×224×224 P16 D768, float32, forward + backward": "F.conv2d",
+    "modules, MultiheadAttention, ViT-B/16 224, B4 S197 E768 H12, float32, forward":
+        "nn.MultiheadAttention",
+    "overhead, attention, B1 H4 S16 D32, full, float32, forward": "SDPA",
+    "overhead, attention, B1 H4 S16 D32, full, float32, forward + backward": "SDPA",
+    "overhead, attention_with_kvcache, B1 H4/4 S16 D32, float32, decode": "SDPA",
+    "overhead, patch_embed, B1 3×16×16 P16 D32, float32, forward": "F.conv2d",
+}  # fmt: skip
 
 
 class Watched(NamedTuple):
-    """A case and the peer that it is held to."""
+    """A case of mmkernels and one peer."""
 
     case: Case
     peer: str
@@ -48,6 +74,12 @@ class Pair:
     def check(self, results: Results) -> float:
         """As the whole problem does."""
         return self.problem.check(results)
+
+
+def beside(case: Case, peer: str) -> Watched:
+    """The case with that peer alone; its inputs and what is right are made once, for all runs."""
+    make = functools.cache(lambda: Pair(case.make(), peer))
+    return Watched(dataclasses.replace(case, make=make), peer)
 
 
 class Baseline(NamedTuple):
@@ -96,7 +128,18 @@ def watched() -> dict[str, Watched]:
             f"tools/ratios.py watches {gone[0]!r}, which no suite has; "
             f"take another case of {', '.join(names)}"
         )
-    return {name: Watched(cases[name], peer) for name, peer in WATCHED.items()}
+    return {name: beside(cases[name], peer) for name, peer in WATCHED.items()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes in this thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measured(one: Watched) -> float:
@@ -105,10 +148,10 @@ def measured(one: Watched) -> float:
     Raises:
         RuntimeError: a result is wrong, or the peer takes no part.
     """
-    case = dataclasses.replace(one.case, make=lambda: Pair(one.case.make(), one.peer))
-    record = measure.measure(case, clock.of(CPU), CPU, clock.FULL)
+    with one_thread():
+        record = measure.measure(one.case, clock.of(CPU), CPU, clock.FULL)
     if wrong := record["failed"] or record["left_out"].get(one.peer):
-        raise RuntimeError(f"{case}: {wrong}")
+        raise RuntimeError(f"{one.case}: {wrong}")
     return record["results"][one.peer]["pairwise_ratio"]
 
 
@@ -138,8 +181,9 @@ def recorded(cases: Mapping[str, Watched], step: Callable[[str], None]) -> dict[
 
 def machine() -> tuple[str, dict[str, Any]]:
     """What a baseline is kept under, and the environment that is kept with it."""
-    here = environment.describe(CPU, False, "make bench-check PARTS=ratios ACCEPT=1")
-    return f"{here['cpu']}, {here['cpu_capability']}, {here['threads']} threads", here
+    with one_thread():
+        here = environment.describe(CPU, False, "make bench-check PARTS=ratios ACCEPT=1")
+    return f"{here['cpu']}, {here['cpu_capability']}", here
 
 
 def saved(baselines: Mapping[str, Baseline]) -> dict[str, dict[str, Any]]:
