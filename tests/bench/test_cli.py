@@ -1,6 +1,7 @@
 """Does `python -m mmkernels bench` measure, write, refuse and report as it says?"""
 
 import json
+import re
 import sys
 
 import pytest
@@ -44,7 +45,7 @@ def test_it_measures_and_writes(one_case, tmp_path, capsys):
 def test_progress_needs_no_tqdm(one_case, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert cli.main(["--quick"]) == 0
-    assert "1/1 case, 0 s, attention, a product" in capsys.readouterr().err
+    assert re.search(r"1/1 case, \d+ s, attention, a product", capsys.readouterr().err)
 
 
 def test_a_wrong_result_makes_the_exit_code_1(monkeypatch, tmp_path):
