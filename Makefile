@@ -31,7 +31,7 @@ PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal test-oldest test-wheel test-transformers gpu wheel bench bench-report bench-check lint format clean
+.PHONY: help demo test test-all test-minimal test-oldest test-wheel test-transformers gpu wheel dist docs bench bench-report bench-check lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -70,10 +70,30 @@ test-oldest: $(OLDEST)/.installed  ## the Triton kernels' tests on the oldest Tr
 gpu:  ## run what needs a GPU, into the folder OUT; STEP=tests or STEP=sanitize for one part
 	$(PYTHON) -m tools.gpu $(STEP)
 
+# $(call compiled_wheel,source): of the tree or an sdist, into dist/.
+compiled_wheel = MMKERNELS_BUILD_CUDA=1 $(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation \
+  --wheel-dir dist $(1) && $(VENV)/bin/python -m tools.abi_audit dist/*-linux_*.whl
+
 wheel: $(VENV)/.installed  ## dist/: the compiled wheel, audited and tagged; needs nvcc
 	rm -rf build dist
-	MMKERNELS_BUILD_CUDA=1 $(VENV)/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
-	$(VENV)/bin/python -m tools.abi_audit dist/*.whl
+	$(call compiled_wheel,.)
+
+# Both wheels are made from the sdist, so that what it lacks is missed here; the sdist from MANIFEST.in, without the
+# list of an earlier build. setup.py knows what can be compiled here, and why not more.
+dist: $(VENV)/.installed  ## dist/: sdist, pure wheel and, where nvcc is, the compiled one; checked by twine
+	rm -rf build dist mmkernels.egg-info
+	MMKERNELS_BUILD_CUDA=0 $(VENV)/bin/python -m build --no-isolation --outdir dist .
+	@said=$$($(VENV)/bin/python setup.py --name 2>&1 >/dev/null) || { echo "$$said" >&2; exit 1; }; \
+	case $$said in \
+	*"not built: "*) echo "make dist: the compiled wheel is left out: $${said##*not built: }" ;; \
+	*) $(call compiled_wheel,dist/*.tar.gz) ;; \
+	esac
+	$(VENV)/bin/python -m twine check --strict dist/*
+
+docs: $(VENV)/.installed  ## rewrite what docs/ and README have from the code
+	$(VENV)/bin/python -m tools.api_pages
+	$(VENV)/bin/python -m tools.support_matrix
+	$(VENV)/bin/python -m tools.model_table
 
 bench: $(VENV)/.installed  ## run the benchmarks and write their JSON
 	@mkdir -p $(dir $(BENCH_JSON))

@@ -4,7 +4,10 @@
 call, are checked against one plain PyTorch reference, and work on any CPU. Importing the package
 touches no driver; triton and the compiled extension are optional.
 
+    import torch
     import mmkernels as mm
+
+    q, k, v = (torch.randn(1, 256, 8, 64) for _ in "qkv")  # (B, S, H, D)
     out = mm.attention(q, k, v, mask=mm.masks.prefix_lm(64, seqlen_q=256))
 """
 

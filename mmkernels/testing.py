@@ -15,6 +15,16 @@ from mmkernels._core.ops import lse_dtype
 from mmkernels.attention import masks
 from mmkernels.attention.interval import IntervalMask
 
+__all__ = [
+    "MASKS",
+    "assert_accurate",
+    "attention_rounding",
+    "device_for",
+    "eager_attention",
+    "eager_patch_embed",
+    "make_qkv",
+]
+
 MaskBuilder = Callable[[int, int, int], IntervalMask | None]
 
 
@@ -46,7 +56,6 @@ def _lengths(batch: int, seqlen_k: int) -> Tensor:
     return torch.tensor([seqlen_k * (row + 1) // (batch + 1) for row in range(batch)])
 
 
-# Every kind of interval mask, by name; a builder takes (batch, seqlen_q, seqlen_k) with Sq <= Sk.
 MASKS: dict[str, MaskBuilder] = {
     "none": lambda b, sq, sk: None,
     "causal": lambda b, sq, sk: masks.causal(sq, sk),
@@ -60,12 +69,19 @@ MASKS: dict[str, MaskBuilder] = {
     "image spans": _image_spans,
     "ragged": _ragged,
 }
+"""Kinds of interval masks by their names. A builder takes (batch, seqlen_q, seqlen_k), Sq <= Sk."""
 
 
 def device_for(backend: str) -> str:
     """Where a test of this backend puts its tensors: on the GPU if it needs one and there is one.
 
     Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
+
+    Args:
+        backend: its name.
+
+    Returns:
+        "cuda" or "cpu".
     """
     on_gpu = backend in ("triton", "cuda", "sdpa") and torch.cuda.is_available()
     return "cuda" if on_gpu else "cpu"
@@ -84,7 +100,23 @@ def make_qkv(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv), alike on all devices."""
+    """Normally distributed inputs of attention, alike on all devices.
+
+    Args:
+        batch: B.
+        seqlen_q: Sq.
+        seqlen_k: Sk.
+        heads: Hq.
+        kv_heads: Hkv.
+        head_dim: D.
+        value_dim: Dv; None: D.
+        dtype: what the float32 numbers are rounded to.
+        device: where the tensors lie.
+        seed: of the numbers.
+
+    Returns:
+        q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv).
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = (
         (batch, seqlen_q, heads, head_dim),
@@ -119,6 +151,9 @@ def eager_attention(
         alibi_slopes: (Hq,).
         softmax_scale: None: 1 / sqrt(D).
         softcap: 0: none.
+
+    Returns:
+        out (B, Sq, Hq, Dv) and lse (B, Hq, Sq).
     """
     groups = q.shape[2] // k.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
@@ -160,11 +195,26 @@ def eager_patch_embed(
     pixel_std: Sequence[float] | None = None,
     pad: bool = False,
 ) -> Tensor:
-    """(B, P + N, D) as model code writes it, every step in the weight's dtype: the yardstick.
+    """Tokens as model code writes them, every step in the weight's dtype: the yardstick.
 
-    Pixels are normalised in float32, as processors do. Arguments as of `mmkernels.patch_embed`:
-    pixels (B, C, *size) with channels first, prefix_tokens (P, D) or (B, P, D), pixel_mean and
-    pixel_std one number a channel.
+    Pixels are normalised in float32, as processors do.
+
+    Args:
+        pixels: (B, C, *size).
+        weight: (D, C, *patch size).
+        bias: (D,).
+        stride: as in `mmkernels.patch_embed`.
+        pos_embed: likewise.
+        pos_index: likewise.
+        prefix_tokens: (P, D) or (B, P, D).
+        token_mask: as in `mmkernels.patch_embed`.
+        mask_token: likewise.
+        pixel_mean: one number a channel.
+        pixel_std: likewise.
+        pad: as in `mmkernels.patch_embed`.
+
+    Returns:
+        (B, P + N, D) in the weight's dtype.
     """
     x = pixels
     if x.dtype == torch.uint8:
@@ -204,6 +254,9 @@ def attention_rounding(dtype: torch.dtype, *shared: Tensor) -> float:
         *shared: lse, and for gradients delta = sum(dout * out) - dlse. Both are rounded to float32;
             in ds = exp(s - lse) (dp - delta) an error of eps * |lse| scales a probability, and one
             of eps * |delta| remains where dp and delta cancel.
+
+    Returns:
+        What `assert_accurate` takes as rounding.
     """
     size = sum(float(x.detach().where(x.isfinite(), 0.0).abs().amax()) for x in shared if x.numel())
     return torch.finfo(dtype).eps + torch.finfo(lse_dtype(dtype)).eps * size

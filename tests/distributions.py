@@ -1,9 +1,11 @@
 """Builds distributions of the source tree in copies of it, so that nothing is left there."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import mmkernels
@@ -37,3 +39,19 @@ def build_sdist(folder: Path) -> Path:
     run(sys.executable, "-c", build, cwd=tree)
     (archive,) = (tree / "dist").iterdir()
     return archive
+
+
+def sources() -> set[str]:
+    """The package's files in the source tree, relative to it, without what is built or cached."""
+    files = (path for path in (ROOT / "mmkernels").rglob("*") if path.is_file())
+    kept = (path for path in files if path.suffix not in (".pyc", ".so"))
+    return {str(path.relative_to(ROOT)) for path in kept}
+
+
+def contents(wheel: Path) -> set[str]:
+    """The names of a wheel's files; those that describe it without the name of their folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {re.sub(r"^mmkernels-[^/]+\.dist-info/", "", name) for name in archive.namelist()}
+
+
+DESCRIPTION = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}

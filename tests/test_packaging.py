@@ -3,7 +3,9 @@
 import email
 import os
 import re
+import shutil
 import subprocess
+import sys
 import sysconfig
 import tarfile
 import venv
@@ -14,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import mmkernels
-from tests.distributions import PIP, ROOT, build_sdist, run
+from tests.distributions import DESCRIPTION, PIP, ROOT, build_sdist, contents, run, sources
 
 EXTRAS = {"triton", "transformers", "models", "serve", "bench", "dev"}
 
@@ -52,32 +54,32 @@ def metadata(wheel):
         return email.message_from_bytes(archive.read(name))
 
 
-def sources() -> set[str]:
-    """The package's files in the source tree, relative to it."""
-    return {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "mmkernels").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
-    }
+def tree() -> set[str]:
+    """What git tracks, and what it would if asked now."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("git, which knows what belongs to the source tree, is not here")
+    listing = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT)
+    return {name for name in listing.split("\0") if name and (ROOT / name).exists()}
 
 
-def test_sdist_holds_what_a_developer_needs(sdist):
+# Of the tree, and not in the sdist: what only git reads.
+LEFT_OUT = {".gitignore"}
+# In the sdist, and not of the tree: what setuptools writes about it.
+WRITTEN = r"PKG-INFO|setup\.cfg|mmkernels\.egg-info/[\w.-]+"
+
+
+def test_sdist_holds_the_tree_and_nothing_else(sdist):
     with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    assert sources() <= names
-    compiled = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    assert {Path(name).suffix for name in compiled} == {".cpp", ".cu", ".cuh", ".h"}
-    assert compiled | {"setup.py"} <= names
-    assert {"LICENSE", "Makefile", "constraints.txt", "tests/test_packaging.py"} <= names
+        found = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    packed = {name for name in found if not re.fullmatch(WRITTEN, name)}
+    assert packed == tree() - LEFT_OUT
+    assert sources() < packed and tree() > LEFT_OUT
 
 
 def test_wheel_is_pure_python_and_holds_the_package_only(wheel):
     assert wheel.name == f"mmkernels-{mmkernels.__version__}-py3-none-any.whl"
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    assert "mmkernels/py.typed" in names
-    packaged = {name for name in names if ".dist-info/" not in name}
-    assert packaged == sources()
+    assert contents(wheel) == sources() | DESCRIPTION
+    assert {"mmkernels/__init__.py", "mmkernels/py.typed"} < sources()
 
 
 def test_a_build_without_torch_says_why_it_compiles_nothing(build):
@@ -92,6 +94,27 @@ def test_a_build_without_torch_fails_where_an_extension_is_demanded(build, sdist
     done = subprocess.run(pip, env=wanted, capture_output=True, text=True)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
     assert "mmkernels: extension not built: torch" in done.stderr
+
+
+def test_twine_finds_no_fault(sdist, wheel, tmp_path):
+    pytest.importorskip("twine")
+    run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, cwd=tmp_path)
+
+
+def test_metadata(metadata):
+    assert (metadata["Name"], metadata["Version"]) == ("mmkernels", mmkernels.__version__)
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+    assert (
+        metadata.get_payload(decode=True).decode().strip()
+        == (ROOT / "README.md").read_text().strip()
+    )
+
+
+def test_classifiers_exist(metadata):
+    known = pytest.importorskip("trove_classifiers").classifiers
+    assert set(metadata.get_all("Classifier")) <= known
 
 
 def test_base_dependencies_are_torch_and_numpy(metadata):

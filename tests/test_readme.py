@@ -16,7 +16,7 @@ from mmkernels import masks
 from mmkernels._core import registry, triton_runtime
 from tools.generated import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Libraries that a block may need and a machine may lack.
 OPTIONAL = {"transformers", "timm", "sklearn"}

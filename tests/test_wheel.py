@@ -11,14 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import mmkernels
-from tests.distributions import PIP, ROOT, build_sdist, run
+from tests.distributions import DESCRIPTION, PIP, ROOT, build_sdist, contents, run, sources
 
 pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
 
@@ -50,9 +49,7 @@ def test_wheel_is_for_any_python_3_and_holds_the_package_and_the_extension(wheel
     machine = platform.machine()
     assert wheel.name == f"mmkernels-{mmkernels.__version__}-py3-none-linux_{machine}.whl"
     assert wheel.stat().st_size < 20 << 20
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if ".dist-info/" not in name]
-    assert [name for name in names if not name.endswith((".py", "py.typed"))] == ["mmkernels/_C.so"]
+    assert contents(wheel) == sources() | {"mmkernels/_C.so"} | DESCRIPTION
 
 
 def test_audit_finds_no_fault_and_names_the_oldest_linux(wheel, tmp_path):

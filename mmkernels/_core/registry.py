@@ -180,14 +180,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         **kwargs: the call's keyword arguments, `backend` among them.
 
     Returns:
-        An `Explanation`; print it for a table.
+        An `Explanation`; print it for a table. It has op, the operation; backend, the one that
+        would run, or None; reasons, by backend why it declines, or None where it could serve; and
+        backward, the same for the backward pass, where the call would need one.
 
     Raises:
         TypeError: `function` is not an operator of mmkernels.
         ValueError: the arguments are ones that `function` itself refuses.
-
-    Example:
-        >>> print(mm.explain(mm.attention, q, k, v, softcap=30.0))
     """
     planner = _planners.get(function) if callable(function) else None
     if planner is None:

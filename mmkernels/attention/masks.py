@@ -4,9 +4,12 @@ Causal and windowed masks align the last query with the last key (bottom-right):
 i + seqlen_k - seqlen_q. Bounds are clamped to [0, seqlen_k]. A builder whose bounds follow from
 sizes alone returns a cached mask, so calling it in every layer costs a look-up.
 
-    causal_with_images = masks.causal(s) | masks.spans(image_ids)
-    local_with_images = (masks.causal(s) & masks.window(s, window_size=(512, -1))) |
-    masks.spans(ids)
+    import torch
+    from mmkernels import masks
+
+    images = masks.spans(torch.tensor([-1, 0, 0, 0, -1, 1, 1, -1]))  # -1 is text
+    causal_with_images = masks.causal(8) | images
+    local_with_images = (masks.causal(8) & masks.window(8, window_size=(3, -1))) | images
 """
 
 import itertools
@@ -46,12 +49,30 @@ def full(seqlen_q: int, seqlen_k: int | None = None, *, device: Device = None) -
         seqlen_q: number of query rows.
         seqlen_k: number of keys; None: seqlen_q.
         device: where the bounds lie.
+
+    Returns:
+        A mask with bounds (1, Sq).
+
+    Raises:
+        ValueError: a size is negative.
     """
     return window(seqlen_q, seqlen_k, window_size=(-1, -1), device=device)
 
 
 def causal(seqlen_q: int, seqlen_k: int | None = None, *, device: Device = None) -> IntervalMask:
-    """Row i sees the keys j <= i + seqlen_k - seqlen_q; arguments as for `full`."""
+    """Row i sees the keys j <= i + seqlen_k - seqlen_q.
+
+    Args:
+        seqlen_q: number of query rows.
+        seqlen_k: number of keys; None: seqlen_q.
+        device: where the bounds lie.
+
+    Returns:
+        A mask with bounds (1, Sq).
+
+    Raises:
+        ValueError: a size is negative.
+    """
     return window(seqlen_q, seqlen_k, window_size=(-1, 0), device=device)
 
 
@@ -69,6 +90,9 @@ def window(
         seqlen_k: number of keys; None: seqlen_q.
         window_size: (left, right) in keys; -1 is unbounded.
         device: where the bounds lie.
+
+    Returns:
+        A mask with bounds (1, Sq).
 
     Raises:
         ValueError: a size is negative, or a window below -1.
@@ -98,6 +122,9 @@ def padding(
         seqlen_q: number of query rows.
         seqlen_k: number of keys, padding included; None: seqlen_q.
         side: "right" or "left", where the padding is.
+
+    Returns:
+        A mask with bounds (B, Sq).
 
     Raises:
         TypeError: lengths is no integer tensor.
@@ -145,6 +172,9 @@ def packed(
             which reads the tensor and so synchronises a GPU.
         total_k: number of keys; None: cu_seqlens_k[-1].
 
+    Returns:
+        A mask with bounds (1, total_q).
+
     Raises:
         TypeError: a cu_seqlens is no integer tensor.
         ValueError: wrong rank, different lengths, not monotone from 0, or beyond the totals.
@@ -169,6 +199,9 @@ def prefix_lm(
         seqlen_q: number of query rows.
         seqlen_k: number of keys; None: seqlen_q.
         device: where the bounds lie; not needed with a tensor.
+
+    Returns:
+        A mask with bounds (1, Sq), or (B, Sq) for (B,).
 
     Raises:
         TypeError: prefix_lengths is neither an int nor an integer tensor.
@@ -202,6 +235,12 @@ def top_left(seqlen_q: int, seqlen_k: int, *, device: Device = None) -> Interval
         seqlen_q: number of query rows.
         seqlen_k: number of keys.
         device: where the bounds lie.
+
+    Returns:
+        A mask with bounds (1, Sq).
+
+    Raises:
+        ValueError: a size is negative.
     """
     _check_sizes("top_left", seqlen_q=seqlen_q, seqlen_k=seqlen_k)
     if seqlen_q == seqlen_k:
@@ -218,6 +257,9 @@ def spans(ids: Tensor) -> IntervalMask:
     Args:
         ids: (S,) or (B, S) integers. Neighbours with the same id >= 0 form a span; a negative id is
             in none.
+
+    Returns:
+        A mask with bounds (1 or B, S).
 
     Raises:
         TypeError: ids is no integer tensor.

@@ -90,6 +90,12 @@ def replaced(model: nn.Module) -> Iterator[Report]:
 
     Args:
         model: as for `replace`.
+
+    Yields:
+        What `replace` returns.
+
+    Raises:
+        TypeError: as there.
     """
     with _lock:
         _check(model)

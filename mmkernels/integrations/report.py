@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+__all__ = ["Entry", "Report"]
+
 Kind = Literal["attention", "patch embedding"]
 
 

@@ -1,7 +1,11 @@
 """Attention of models that call torch's `scaled_dot_product_attention`, as timm's do.
 
+    import torch
+    from mmkernels.integrations.sdpa import sdpa_override
+
+    model = torch.nn.TransformerEncoderLayer(64, 4, batch_first=True)
     with sdpa_override():
-        logits = model(images)
+        out = model(torch.randn(2, 10, 64))
 
 The model stays as it is, and calls torch's own again after the block.
 """
@@ -15,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from mmkernels._core import registry
 from mmkernels.attention.api import scaled_dot_product_attention
+
+__all__ = ["sdpa_override"]
 
 
 class sdpa_override(TorchFunctionMode):

@@ -1,9 +1,10 @@
 """mmkernels in the place of torch's own flash attention kernels, on a GPU, for a whole process.
 
+    import torch
     import mmkernels.integrations.torch_flash
 
     torch.nn.attention.activate_flash_attention_impl("mmkernels")
-    ...
+    ...  # models run
     torch.nn.attention.restore_flash_attention_impl()
 
 Importing this module registers the name with torch and activates nothing. While it is active,
@@ -18,6 +19,8 @@ from torch.library import Library
 from torch.nn import attention as torch_attention
 
 from mmkernels.attention import masks
+
+__all__: list[str] = []  # importing the module is all
 
 NAME = "mmkernels"
 

@@ -1,6 +1,10 @@
 """Attention of transformers models. Importing this module registers the name "mmkernels".
 
     import mmkernels.integrations.transformers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, num_attention_heads=4))
     model.set_attn_implementation("mmkernels")
 
 or `from_pretrained(..., attn_implementation="mmkernels")`. A model calls `attention_forward` once
@@ -23,13 +27,13 @@ from mmkernels.attention.interval import IntervalMask
 from mmkernels.integrations.mask_reading import mask_over_keys, separated
 from mmkernels.integrations.transformers_masks import interval_mask
 
+__all__ = ["HARMLESS", "attention_forward", "varlen_implementation"]
+
 NAME = "mmkernels"
 # Towers that pack images or sounds of mixed size say where each begins only to implementations
 # whose name contains "flash", and call any other once for each image.
 VARLEN_NAME = "mmkernels_flash"
 
-# What models pass to every attention function and this one may ignore. Anything else that is set
-# raises: some models say only here that their attention is sparse, or has sinks made from the data.
 HARMLESS = frozenset({
     "sliding_window",  # the mask holds the window
     "position_ids",  # rotary embedding is applied, and the mask separates packed sequences
@@ -39,6 +43,9 @@ HARMLESS = frozenset({
     "cache_position", "use_cache", "return_dict", "output_hidden_states", "output_router_logits",
     "num_items_in_batch", "logits_to_keep",
 })  # fmt: skip
+"""What models pass to every attention function and this one may ignore. Anything else that is set
+raises: some models say only here that their attention is sparse, or has sinks made from the data.
+"""
 
 
 def attention_forward(
@@ -178,6 +185,9 @@ def varlen_implementation() -> str:
     transformers 4 knows one such name only, "flash_attention_2". The first call registers a
     function there that serves the modules with an attribute `_mmkernels_previous` and hands any
     other to what was registered before.
+
+    Returns:
+        "mmkernels_flash", or in transformers 4 "flash_attention_2".
     """
     if hasattr(generic, "is_flash_attention_requested"):
         return VARLEN_NAME

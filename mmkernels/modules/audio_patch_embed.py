@@ -86,7 +86,7 @@ class AudioPatchEmbed(nn.Module):
         )
 
     def grid_size(self, *size: int) -> tuple[int, ...]:
-        """Patches along (mel, time) for an input of (time, mel), or along L for (L,)."""
+        """Patches along (mel, time) for an input of size (time, mel), or along L for (L,)."""
         counts = zip(reversed(size), self.patch_size, self.stride, strict=True)
         return tuple((n - k) // s + 1 for n, k, s in counts)
 

@@ -136,11 +136,11 @@ class PatchEmbed(nn.Module):
         )
 
     def feat_ratio(self, as_scalar: bool = True) -> Pair | int:
-        """Pixels of a patch: the longer side, or (height, width)."""
+        """Pixels of a patch: its longer side, or (height, width) unless as_scalar."""
         return max(self.patch_size) if as_scalar else self.patch_size
 
     def dynamic_feat_size(self, img_size: Pair) -> Pair:
-        """The grid (gh, gw) of an image of (height, width)."""
+        """The grid (gh, gw) of an image of img_size (height, width)."""
         (height, width), (patch_h, patch_w) = img_size, self.patch_size
         if self.dynamic_img_pad:
             return -(-height // patch_h), -(-width // patch_w)
@@ -207,8 +207,18 @@ class PatchEmbedWithSize(PatchEmbed):
 
     Args:
         img_size: as in `PatchEmbed`; None: images need not be whole patches.
-        patch_size: as in `PatchEmbed`, and so are in_chans, embed_dim, norm_layer, flatten,
-            output_fmt, bias, device, dtype, pixel_mean, pixel_std and backend.
+        patch_size: as in `PatchEmbed`.
+        in_chans: likewise.
+        embed_dim: likewise.
+        norm_layer: likewise.
+        flatten: likewise.
+        output_fmt: likewise.
+        bias: likewise.
+        device: likewise.
+        dtype: likewise.
+        pixel_mean: likewise.
+        pixel_std: likewise.
+        backend: likewise.
 
     Raises:
         ValueError: as `PatchEmbed`.
@@ -247,7 +257,10 @@ class PatchEmbedWithSize(PatchEmbed):
             torch._assert(size % patch == 0, message)
 
     def forward(self, x: Tensor) -> tuple[Tensor, torch.Size]:
-        """Embeds images; the argument and errors are those of `PatchEmbed`.
+        """Embeds images.
+
+        Args:
+            x: as for `PatchEmbed`, and so are the errors.
 
         Returns:
             What `PatchEmbed` returns, and the grid (gh, gw).
