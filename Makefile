@@ -31,7 +31,7 @@ PARALLEL := -n auto --maxprocesses 8
 GPU_NAME = $(shell $(VENV)/bin/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-') if torch.cuda.is_available() else 'cpu')")
 BENCH_JSON ?= benchmarks/results/$(GPU_NAME)/$(shell date +%F)-$(shell git rev-parse --short HEAD).json
 
-.PHONY: help demo test test-all test-minimal test-oldest test-wheel test-transformers gpu wheel dist docs bench bench-report lint format clean
+.PHONY: help demo test test-all test-minimal test-oldest test-wheel test-transformers gpu wheel dist docs bench bench-report bench-check lint format clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -100,6 +100,9 @@ bench: $(VENV)/.installed  ## run all benchmarks: a JSON, with tables, CSV and p
 
 bench-report: $(VENV)/.installed  ## render README, docs and plots from the newest committed JSON
 	$(VENV)/bin/python -m benchmarks.publish
+
+bench-check: $(VENV)/.installed  ## hold kernels and calls to benchmarks/baselines; PARTS=counters or ratios, ACCEPT=1
+	TRITON_INTERPRET=0 $(VENV)/bin/python -m tools.bench_check $(PARTS) $(if $(filter-out 0,$(ACCEPT)),--accept)
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(VENV)/bin/ruff check .

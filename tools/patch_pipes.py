@@ -5,16 +5,15 @@ largest tiles of the table, which large batches get.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import mmkernels as mm
-from mmkernels._core import triton_runtime, tuning
-from mmkernels._core.triton_runtime import KNOWN_GPUS, emulate
+from mmkernels._core import tuning
 from tools.generated import replaced, table
-from tools.pipes import PAGE, triton_version
+from tools.pipes import PAGE, emulated, triton_version
 
 BLOCK = "patch pipes"
 HEADER = [
@@ -51,16 +50,18 @@ class Case(NamedTuple):
         tokens = (self.side // self.patch) ** 2
         return 2 * self.batch * tokens * 3 * self.patch**2 * self.dim
 
-    def tensors(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def arguments(self) -> tuple[Tensor, dict[str, Any]]:
         """Pixels, and all other arguments."""
         tokens = self.prefix + (self.side // self.patch) ** 2
-        options = {
+        options: dict[str, Any] = {
             "weight": torch.zeros(self.dim, 3, self.patch, self.patch, dtype=torch.bfloat16),
             "bias": torch.zeros(self.dim, dtype=torch.bfloat16),
             "pos_embed": torch.zeros(tokens, self.dim, dtype=torch.bfloat16),
         }
         if self.prefix:
             options["prefix_tokens"] = torch.zeros(self.prefix, self.dim, dtype=torch.bfloat16)
+        if self.pixels == torch.uint8:
+            options |= {"pixel_mean": 0.5, "pixel_std": 0.5}
         return torch.zeros(self.batch, 3, self.side, self.side, dtype=self.pixels), options
 
 
@@ -71,34 +72,27 @@ CASES = [
 ]
 
 
+def launches(case: Case, arch: str = "sm_90") -> list[Any]:
+    """What the emulator counts of both passes of a case, as `tools.pipes.emulated` gives it."""
+    from mmkernels.patch_embed import triton_config
+
+    pixels, options = case.arguments()
+    options["weight"].requires_grad_()
+    largest = triton_config.TABLE[arch].forward[0]
+
+    def call() -> None:
+        with tuning.override("patch_forward", largest):
+            out = mm.patch_embed(pixels, **options, backend="triton")
+        out.backward(torch.zeros_like(out))
+
+    return emulated(call, arch)
+
+
 @functools.cache
 def rows(case: Case) -> list[list[str]]:
-    """The table's rows of a case: forward, and the weight's gradient.
-
-    Raises:
-        RuntimeError: this process interprets Triton kernels.
-    """
-    if triton_runtime.interpreted():
-        raise RuntimeError(
-            "TRITON_INTERPRET is set; run TRITON_INTERPRET=0 python -m tools.patch_pipes"
-        )
-    from mmkernels.patch_embed import triton_config
-    from tests.triton_harness import ptxsim_launcher
-
-    pixels, options = case.tensors()
-    options["weight"].requires_grad_()
-    statistics = {"pixel_mean": 0.5, "pixel_std": 0.5} if pixels.dtype == torch.uint8 else {}
-    launcher = ptxsim_launcher(KNOWN_GPUS["sm_90"], check=False)
-    emulate(launcher)
-    try:
-        largest = triton_config.TABLE["sm_90"].forward[0]
-        with tuning.override("patch_forward", largest):
-            out = mm.patch_embed(pixels, **options, **statistics, backend="triton")
-        out.backward(torch.zeros_like(out))
-    finally:
-        emulate(None)
+    """The table's rows of a case: forward, and the weight's gradient."""
     lines = []
-    for done in launcher.run.results:
+    for done in launches(case):
         if done.kernel in KERNELS:
             pipes = done.result.pipes(case.flops)
             ratio = pipes["issue slots"] / pipes["tensor cores (wgmma rate)"]

@@ -7,7 +7,8 @@ with all pipes overlapped, and with products and exponentials one after the othe
 
 import functools
 import importlib.metadata
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,31 +63,44 @@ def visible_pairs(mask: IntervalMask | None) -> int:
     return pairs * HEADS
 
 
-@functools.cache
-def counted(case: Case) -> list[tuple[str, dict[str, float]]]:
-    """The clocks and rates of the pipes of each kernel.
+def emulated(call: Callable[[], object], arch: str = "sm_90") -> list[Any]:
+    """The `kernel` and the `result` of every Triton launch of a call on CPU tensors.
+
+    Args:
+        call: uses the backend "triton" by name.
+        arch: what the kernels are compiled for.
 
     Raises:
         RuntimeError: this process interprets Triton kernels.
     """
     if triton_runtime.interpreted():
-        raise RuntimeError("TRITON_INTERPRET is set; run TRITON_INTERPRET=0 python -m tools.pipes")
+        raise RuntimeError("TRITON_INTERPRET is set; run the same with TRITON_INTERPRET=0")
     from tests.triton_harness import ptxsim_launcher
 
+    launcher = ptxsim_launcher(KNOWN_GPUS[arch], check=False)
+    emulate(launcher)
+    try:
+        call()
+    finally:
+        emulate(None)
+    return launcher.run.results
+
+
+@functools.cache
+def counted(case: Case) -> list[tuple[str, dict[str, float]]]:
+    """The clocks and rates of the pipes of each kernel."""
     qkv = testing.make_qkv(1, LENGTH, LENGTH, HEADS, HEADS, case.head_dim, dtype=torch.bfloat16)
     leaves = [x.requires_grad_(case.backward) for x in qkv]
     mask = MASKS[case.mask]()
-    launcher = ptxsim_launcher(KNOWN_GPUS["sm_90"], check=False)
-    emulate(launcher)
-    try:
+
+    def call() -> None:
         out = mm.attention(*leaves, mask=mask, backend="triton")
         if case.backward:
             out.backward(torch.ones_like(out))
-    finally:
-        emulate(None)
+
     pairs = visible_pairs(mask)
     kernels = []
-    for done in launcher.run.results:
+    for done in emulated(call):
         name, flops = KERNELS.get(done.kernel, ("", 0))
         if name.startswith("backward" if case.backward else "forward"):
             kernels.append((name, done.result.pipes(flops * case.head_dim * pairs)))
