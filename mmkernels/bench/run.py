@@ -59,10 +59,10 @@ def measured(
             turns = clock.QUICK if quick else clock.FULL
             data["records"].append(measure.measure(case, clock_, device, turns))
             data["not_reached"].pop(0)
+            save(data)  # first of all: a GPU that lost its context raises at any other call
+            step(str(case))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            save(data)
-            step(str(case))
     data["environment"]["seconds"] = round(time.monotonic() - began, 1)
     data["finished"] = not data["not_reached"]
     save(data)

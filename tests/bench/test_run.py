@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import conftest
 from mmkernels.bench import environment, roofline, run, suites
 from tests.bench.fake import case
 
@@ -86,6 +88,35 @@ def test_float32_is_ieee_in_a_run_and_then_as_before():
         assert state() == ("high", True, False)
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_pytest_measures_under_the_same_conditions(monkeypatch):
+    monkeypatch.setattr(conftest, "Session", lambda *_: torch.backends.cudnn.allow_tf32)
+    config = SimpleNamespace(
+        invocation_params=SimpleNamespace(args=()), stash={}, getoption=lambda name: True
+    )
+    session = conftest.session.__wrapped__(config)
+    assert next(session) is False
+    session.close()
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_case_that_costs_the_gpu_its_context_is_kept(monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(run.clock, "of", lambda device: None)
+    monkeypatch.setattr(environment, "describe", lambda *_: {})
+    monkeypatch.setattr(roofline, "measure", lambda *_: {})
+    monkeypatch.setattr(run.measure, "measure", lambda *_: {"failed": "lost"})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    saved: list[str] = []
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run.measured(
+            [case()], torch.device("cuda"), quick=True, command="",
+            save=lambda data: saved.append(json.dumps(data)),
+        )  # fmt: skip
+    assert json.loads(saved[-1])["records"] == [{"failed": "lost"}]
 
 
 def test_no_path_and_no_host_in_the_environment():
