@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     slug = environment.device_name(device).replace(" ", "-")
     path = arguments.json or _unused(f"mmkernels-bench-{slug}-{datetime.date.today()}")
+    if path.suffix != ".json":  # the page and the CSV have its name with another ending
+        parser.error(f"--json is {path}; it must end in .json, so name it {path}.json")
     if path.exists():
         parser.error(f"--json is {path}, which is there already; move it away or name another file")
     cases = suites.cases(arguments.suite, device, arguments.quick)

@@ -68,6 +68,15 @@ def test_what_was_saved_is_not_overwritten(one_case, tmp_path, capsys):
     assert len(list(tmp_path.glob("mmkernels-bench-cpu-*.json"))) == 2
 
 
+@pytest.mark.parametrize("name", ["run", "run.md", "run.csv"])
+def test_a_page_would_not_overwrite_the_json(one_case, tmp_path, capsys, name):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--quick", "--json", str(tmp_path / name)])
+    assert exit_.value.code == 2
+    assert f"{name}; it must end in .json" in capsys.readouterr().err
+    assert not one_case
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 99}'])
 def test_a_file_that_is_no_run_is_refused(tmp_path, capsys, text):
     path = tmp_path / "run.json"
