@@ -1,12 +1,15 @@
 """Clocks: seconds of a call on a CPU or a GPU, and calls that take turns on one of them."""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+
+from mmkernels.bench.case import SEED
 
 # A sample shorter than this holds more of the clock than of the call: it repeats the call.
 SHORTEST_SAMPLE = 1e-3
@@ -184,10 +187,12 @@ def of(device: torch.device) -> Clock:
 
 
 def take_turns(timed: Mapping[str, Timed], turns: Turns) -> dict[str, list[float | None]]:
-    """Seconds of every implementation by round, A, B, A, B, ...; None in rounds without it.
+    """Seconds of every implementation by round; None in rounds without it.
 
     What slows the machine down for a while then slows all of them, and leaves their ratios alone.
-    A slow one takes part in fewer rounds, spread over all of them.
+    The order is another one in every round: whoever always follows the same neighbour finds the
+    caches and the threads as that one leaves them. A slow one takes part in fewer rounds, spread
+    over all of them.
     """
     counts = {
         name: min(turns.most, max(turns.least, int(turns.seconds / max(one.estimate, 1e-9))))
@@ -195,12 +200,14 @@ def take_turns(timed: Mapping[str, Timed], turns: Turns) -> dict[str, list[float
     }
     rounds = max(counts.values())
     times: dict[str, list[float | None]] = {name: [] for name in timed}
+    order, shuffle = list(timed.items()), random.Random(SEED).shuffle
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         for index in range(rounds):
-            for name, one in timed.items():
+            shuffle(order)
+            for name, one in order:
                 count = counts[name]
                 due = (index + 1) * count // rounds > index * count // rounds
                 times[name].append(one.sample() if due else None)
