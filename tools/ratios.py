@@ -38,9 +38,9 @@ WATCHED = {
     "scaling, attention, B1 H2 S2048 D64, window 256, float32, forward": "SDPA (dense mask)",
     "decode, Llama-3-8B, paged, B4 H32/8 S512–2048 D128, float32, decode":
         "SDPA (pages gathered, dense mask)",
-    "patches, ViT-B/16 224, B8 3×224×224 P16 D768, float32, forward": "F.conv2d",
-    "patches, ViT-B/16 224, B8 3×224×224 uint8 P16 D768, float32, forward": "F.conv2d",
-    "patches, ViT-B/16 224, B8 3×224×224 P16 D768, float32, forward + backward": "F.conv2d",
+    "patches, ViT-B/16 224, B4 3×224×224 P16 D768, float32, forward": "F.conv2d",
+    "patches, ViT-B/16 224, B4 3×224×224 uint8 P16 D768, float32, forward": "F.conv2d",
+    "patches, ViT-B/16 224, B4 3×224×224 P16 D768, float32, forward + backward": "F.conv2d",
     "modules, MultiheadAttention, ViT-B/16 224, B4 S197 E768 H12, float32, forward":
         "nn.MultiheadAttention",
     "overhead, attention, B1 H4 S16 D32, full, float32, forward": "SDPA",
