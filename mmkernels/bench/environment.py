@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Before anything is measured: what else the machine was doing.
 LOAD_AVERAGE = os.getloadavg()[0]
 LIBRARIES = (
-    "triton", "numpy", "timm", "transformers", "flash-attn", "xformers", "mslk", "liger-kernel",
+    "triton", "numpy", "timm", "transformers", "flash-attn", "flashinfer-python", "xformers",
+    "mslk", "liger-kernel",
 )  # fmt: skip
 
 

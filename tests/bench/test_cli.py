@@ -1,5 +1,6 @@
 """Does `python -m mmkernels bench` measure, write, refuse and report as it says?"""
 
+import importlib
 import json
 import re
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from mmkernels import __main__ as command_line
-from mmkernels.bench import cli, report_plots, roofline, run, suites
+from mmkernels.bench import cli, report_plots, roofline, suites
 from tests.bench.fake import case
 
 
@@ -100,6 +101,5 @@ def test_a_report_is_made_again(one_case, tmp_path, capsys):
 
 def test_every_suite_has_its_module():
     for name in suites.SUITES:
-        module = pytest.importorskip(f"mmkernels.bench.suite_{name}", reason="not written yet")
+        module = importlib.import_module(f"mmkernels.bench.suite_{name}")
         assert callable(module.cases)
-    assert run.SCHEMA == 1
