@@ -21,6 +21,11 @@ LIBRARIES = (
     "triton", "numpy", "timm", "transformers", "flash-attn", "flashinfer-python", "xformers",
     "mslk", "liger-kernel",
 )  # fmt: skip
+# What else changes a time; not MMKERNELS_* as a whole, for some of those are folders.
+SWITCHES = (
+    "MMKERNELS_BACKEND", "MMKERNELS_CHECK", "MMKERNELS_TUNING", "TRITON_INTERPRET",
+    "NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING",
+)  # fmt: skip
 
 
 def describe(device: torch.device, quick: bool, command: str) -> dict[str, object]:
@@ -48,7 +53,7 @@ def describe(device: torch.device, quick: bool, command: str) -> dict[str, objec
         "variables": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(("OMP_", "KMP_", "MKL_", "GOMP_"))
+            if name.startswith(("OMP_", "KMP_", "MKL_", "GOMP_")) or name in SWITCHES
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **_commit(),

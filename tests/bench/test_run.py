@@ -124,6 +124,12 @@ def test_no_path_and_no_host_in_the_environment():
     assert os.path.expanduser("~") not in told and os.uname().nodename not in told
 
 
+def test_what_changes_the_choice_of_a_backend_is_told(monkeypatch):
+    monkeypatch.setenv("MMKERNELS_BACKEND", "reference")
+    told = environment.describe(CPU, True, "")["variables"]
+    assert told["MMKERNELS_BACKEND"] == "reference"
+
+
 def test_an_unknown_suite_is_refused():
     with pytest.raises(ValueError, match=r"suite is \['nosuch'\]; it must be of attention"):
         suites.cases(["nosuch"], CPU, True)
