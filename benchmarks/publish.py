@@ -47,9 +47,10 @@ class Run(NamedTuple):
         return self.data["environment"]["device_type"] == "cuda"
 
     @property
-    def rank(self) -> tuple[bool, bool, str]:
+    def rank(self) -> tuple[bool, bool, int, str]:
         environment = self.data["environment"]
-        return self.data["finished"], not environment["quick"], environment["date"]
+        suites = len({record["suite"] for record in self.data["records"]})
+        return self.data["finished"], not environment["quick"], suites, environment["date"]
 
     @property
     def images(self) -> dict[str, str]:

@@ -114,6 +114,7 @@ def test_the_newest_whole_full_run_of_each_device_is_shown(root):
     best = commit(root, "cpu/b.json", dated(2))
     commit(root, "cpu/cut-off.json", dated(3) | {"finished": False})
     commit(root, "cpu/smoke.json", dated(4, quick=True))
+    commit(root, "cpu/one-suite.json", run(cases()[:2], date="2026-12-05"))
     commit(root, "cpu/old.json", {"machine_info": {}, "benchmarks": []})
     commit(root, "h200/quick.json", dated(5, **GPU, quick=True))
     full = commit(root, "h200/full.json", dated(4, **GPU))
