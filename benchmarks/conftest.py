@@ -18,11 +18,15 @@ class Session:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.clock = clock.of(self.device)
         self.ceilings = roofline.measure(self.device, quick)
+        self.without_numbers: list[dict[str, Any]] = []
 
     def measured(self, case: Case) -> dict[str, Any]:
         """The record of a case."""
         turns = clock.QUICK if self.quick else clock.FULL
-        return measure.measure(case, self.clock, self.device, turns)
+        record = measure.measure(case, self.clock, self.device, turns)
+        if not record["results"]:  # of which pytest-benchmark keeps nothing
+            self.without_numbers.append(record)
+        return record
 
 
 SESSION = pytest.StashKey[Session]()
@@ -60,6 +64,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     if (session := config.stash.get(SESSION, None)) is not None:
         described = environment.describe(session.device, session.quick, session.command)
         machine_info.update(described, ceilings=session.ceilings)
+        machine_info["without_numbers"] = session.without_numbers
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:

@@ -57,6 +57,7 @@ class Expected:
         for name, result in results.items():
             if name == "out" and self.real is not None:
                 result = result.where(self.real, 0.0)
+            assert result.isfinite().all(), f"{name}: not finite"  # heads not checked among them
             heads = [self._head(name, result.detach(), *which) for which in self.checked]
             got = torch.stack(heads)
             exact, eager = self._exact[name], self._eager[name]

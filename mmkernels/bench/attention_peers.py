@@ -13,11 +13,14 @@ from mmkernels.bench import attention_libraries
 from mmkernels.bench.attention_masks import BenchMask
 from mmkernels.bench.attention_problem import Attention, AttentionProblem, Prepare, Size
 from mmkernels.bench.attention_sdpa import additive, sdpa, sdpa_by_image
+from mmkernels.bench.calls import GPU_BACKENDS
 from mmkernels.bench.case import OURS, Unavailable
 from mmkernels.bench.compiling import compiled
 
 
-def peers(mask: BenchMask, size: Size, device: torch.device, telling: bool) -> dict[str, Prepare]:
+def peers(
+    mask: BenchMask, size: Size, device: torch.device, telling: bool, with_flex: bool = True
+) -> dict[str, Prepare]:
     """Name -> implementation, `OURS` first.
 
     Args:
@@ -25,12 +28,13 @@ def peers(mask: BenchMask, size: Size, device: torch.device, telling: bool) -> d
         size: likewise.
         device: likewise.
         telling: also those that are slow to time (they materialise the scores) or to compile.
+        with_flex: FlexAttention takes part, which compiles for some seconds.
     """
     gpu = device.type == "cuda"
     given = " (dense mask)" if mask.dense else " (is_causal)" if mask.causal else ""
     found: dict[str, Prepare] = {OURS: ours()}
     if gpu:
-        found |= {f"{OURS} {backend}": ours(backend) for backend in ("triton", "cuda")}
+        found |= {f"{OURS} {backend}": ours(backend) for backend in GPU_BACKENDS}
     if mask.dense:
         found[f"{OURS}, mask built inside"] = ours(inside=True)
     found[f"SDPA{given}"] = sdpa()
@@ -50,8 +54,9 @@ def peers(mask: BenchMask, size: Size, device: torch.device, telling: bool) -> d
         found["eager"] = eager
         found["torch.compile"] = compiled_eager
         if mask.dense:
-            found["FlexAttention"] = flex()
             found["FlexAttention, mask built inside"] = flex(inside=True)
+    if mask.dense:
+        found["FlexAttention"] = flex(wanted=with_flex)
     return found
 
 
@@ -107,7 +112,7 @@ def compiled_eager(problem: AttentionProblem) -> Attention:
     return compiled(eager(problem), problem.device)
 
 
-def flex(inside: bool = False) -> Prepare:
+def flex(inside: bool = False, wanted: bool = True) -> Prepare:
     """torch's FlexAttention, compiled; `inside`: every call builds its block mask, compiled too."""
 
     def prepare(problem: AttentionProblem) -> Attention:
@@ -119,7 +124,7 @@ def flex(inside: bool = False) -> Prepare:
         mask_mod = problem.mask.mask_mod(device)
         batch = size.batch if problem.mask.padded else None
         sizes = (batch, None, size.seqlen, size.seqlen, device)
-        attend = compiled(flex_attention, device)
+        attend = compiled(flex_attention, device, wanted)
         create = compiled(create_block_mask, device) if inside else create_block_mask
         block_mask = create(mask_mod, *sizes)
 

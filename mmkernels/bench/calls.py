@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkernels import BackendUnavailable, testing
 from mmkernels.bench.case import Call, Results, Unavailable
 
-# What auto chooses between on a GPU.
+# Those of a GPU, by name.
 GPU_BACKENDS = ("triton", "cuda")
 
 

@@ -13,9 +13,9 @@ from mmkernels.bench.case import SEED
 
 # A sample shorter than this holds more of the clock than of the call: it repeats the call.
 SHORTEST_SAMPLE = 1e-3
-# Below this, what a GPU takes is less than what launching costs: replays of a graph are timed.
+# Below this, what a GPU takes is less than what launching may cost, which is then told.
 LAUNCH_BOUND = 50e-6
-GRAPHED_CALLS = 20
+LAUNCHES = 20
 # To keep a GPU busy for a second: more cycles than it has; and no longer than any operation needs.
 CYCLES, LONGEST_LAUNCH = 2.5e9, 5e-3
 
@@ -45,8 +45,7 @@ class Timed(NamedTuple):
     Attributes:
         sample: takes one sample: seconds of one call.
         estimate: seconds that a sample costs in all, with repeats and preparation.
-        timer: what was timed: "host", "events" of the device alone, a "graph" of many calls, or
-            "wall", with the launches.
+        timer: what was timed: "host", "events" of the device alone, or "wall", with the launches.
         launch: seconds that the host needs to launch a call; None where that is no matter.
     """
 
@@ -94,11 +93,10 @@ class HostClock:
 
 
 class DeviceClock:
-    """For a GPU: events around a call, or around the replay of a graph of many short ones.
+    """For a GPU: events around a call.
 
     Before every sample the L2 cache is overwritten, and the GPU kept busy while the host launches,
-    so that the time between two events is the device's alone; with `wall` it is not kept busy. A
-    graph's calls find a warm cache.
+    so that the time between the events is the device's alone; with `wall` it is not kept busy.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -111,7 +109,7 @@ class DeviceClock:
         torch.cuda.synchronize()
 
     def ready(self, call: Callable[[], object], wall: bool = False) -> Timed:
-        """Warms up, then takes a graph if a call is shorter than its launch."""
+        """Warms up, and measures what a launch costs."""
         self.synchronize()
         began, calls = time.perf_counter(), 0
         while calls < 3 or time.perf_counter() - began < WARM_UP:
@@ -133,20 +131,15 @@ class DeviceClock:
         start = time.perf_counter()
         seconds = sample()
         estimate = time.perf_counter() - start
-        if wall:
-            return Timed(sample, estimate, "wall", launch)
-        if seconds >= LAUNCH_BOUND:
-            return Timed(sample, estimate, "events", None)
-        replay = _graph(call)
-        if replay is None:
-            return Timed(sample, estimate, "events", launch)
-        return Timed(lambda: self._between(replay) / GRAPHED_CALLS, 2 * estimate, "graph", launch)
+        told = wall or seconds < LAUNCH_BOUND
+        return Timed(sample, estimate, "wall" if wall else "events", launch if told else None)
 
     def _launch(self, call: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        for _ in range(GRAPHED_CALLS):
+        start, calls = time.perf_counter(), 0
+        while calls < LAUNCHES and time.perf_counter() - start < LAUNCHES * LONGEST_LAUNCH:
             call()
-        seconds = (time.perf_counter() - start) / GRAPHED_CALLS
+            calls += 1
+        seconds = (time.perf_counter() - start) / calls
         self.synchronize()
         return seconds
 
@@ -156,21 +149,6 @@ class DeviceClock:
         self._end.record()
         self._end.synchronize()
         return self._start.elapsed_time(self._end) / 1e3
-
-
-def _graph(call: Callable[[], object]) -> Callable[[], object] | None:
-    """Replays many calls; None where a call cannot be captured, as when it waits for the GPU."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for _ in range(GRAPHED_CALLS):
-                call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph.replay
 
 
 def of(device: torch.device) -> Clock:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmkernels as mm
 from mmkernels.bench.attention_peers import eager_form
@@ -39,9 +40,15 @@ def peers(batch: int, paged: bool, device: torch.device, telling: bool) -> dict[
     found: dict[str, Prepare] = {OURS: ours()}
     if gpu:
         found |= {f"{OURS} triton": ours("triton")}
-    found[f"SDPA ({given})" if given else "SDPA"] = masked(sdpa)
-    found[f"eager ({given})" if given else "eager"] = masked(eager_form)
-    if telling:
+    given = f" ({given})" if given else ""
+    found[f"SDPA{given}"] = masked(sdpa())
+    if gpu:  # grouped heads with a mask are for none of its kernels but the one that materialises
+        found |= {
+            f"SDPA efficient{given}": masked(sdpa(SDPBackend.EFFICIENT_ATTENTION)),
+            f"SDPA cudnn{given}": masked(sdpa(SDPBackend.CUDNN_ATTENTION)),
+        }
+    found[f"eager{given}"] = masked(eager_form)
+    if telling or gpu:
         found["FlexAttention (pages gathered)" if paged else "FlexAttention"] = flex
     if gpu:
         found["flash-attn"] = flash_attn
@@ -99,9 +106,19 @@ def written(problem: DecodeProblem, longest: int) -> tuple[Tensor, Tensor]:
     return k[:, :longest], v[:, :longest]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """torch's SDPA."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+def sdpa(backend: SDPBackend | None = None) -> Masked:
+    """torch's SDPA as it chooses, or one of its kernels by name, which gets its keys repeated."""
+
+    def chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def forced(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        assert backend is not None
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return chosen if backend is None else forced
 
 
 def flex(problem: DecodeProblem) -> Call:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,17 +77,30 @@ def _gpu(device: torch.device) -> dict[str, object]:
         "l2_mib": properties.L2_cache_size // 2**20,
         "gpu_memory_gib": round(properties.total_memory / 2**30),
         "cuda": torch.version.cuda or torch.version.hip,
-        **_asked("driver_version", "clocks.sm", "clocks.mem"),
+        "cudnn": torch.backends.cudnn.version(),
+        **_asked(properties, "driver_version", "clocks.max.sm", "power.limit"),
     }
 
 
-def _asked(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says; nothing where it is not there."""
+def clocks(device: torch.device) -> dict[str, str]:
+    """The clocks of a GPU as they are now; to be asked when it was busy."""
+    if device.type != "cuda":
+        return {}
+    return _asked(torch.cuda.get_device_properties(device), "clocks.sm", "clocks.mem")
+
+
+def _asked(properties: Any, *fields: str) -> dict[str, str]:
+    """What nvidia-smi says of a GPU; nothing where it is not there or does not answer."""
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    values = done.stdout.splitlines()[0].split(", ") if done.returncode == 0 else []
+    try:
+        done = subprocess.run(
+            [*query, f"--id=GPU-{properties.uuid}"], capture_output=True, text=True, timeout=10
+        )
+    except subprocess.TimeoutExpired:
+        return {}
+    values = done.stdout.strip().split(", ") if done.returncode == 0 else []
     return dict(zip(fields, values, strict=False))
 
 

@@ -38,7 +38,7 @@ def measure(case: Case, clock_: Clock, device: torch.device, turns: Turns) -> di
     }
     compiling.forget()
     try:
-        problem = case.make()
+        problem = _made(case)
         record |= {"flops": problem.flops, "bytes": problem.bytes}
         _compare(problem, record, clock_, device, turns, case.wall)
     except Unavailable as error:
@@ -46,6 +46,13 @@ def measure(case: Case, clock_: Clock, device: torch.device, turns: Turns) -> di
     except Exception as error:  # one case shall not end a run; it is kept, shown, and counts as red
         record |= {"failed": _one_line(error), "results": {}}
     return record
+
+
+def _made(case: Case) -> Problem:
+    try:
+        return case.make()
+    except torch.OutOfMemoryError as full:
+        raise Unavailable("its inputs do not fit into memory") from full
 
 
 def _compare(
@@ -61,7 +68,7 @@ def _compare(
     results: dict[str, dict[str, Any]] = {}
     for name, prepare in problem.implementations.items():
         try:
-            call, results[name] = _checked(problem, prepare, clock_)
+            call, results[name] = _checked(problem, prepare, clock_, device)
             ready[name] = call, clock_.ready(call, wall)
         except Unavailable as error:
             record["left_out"][name] = str(error)
@@ -72,25 +79,33 @@ def _compare(
                 raise
             record["left_out"][name] = _one_line(error)
     times = clock.take_turns({name: timed for name, (_, timed) in ready.items()}, turns)
-    for name, (call, timed) in ready.items():
+    for name, (_, timed) in ready.items():
         result = results[name] | clock.summary(times[name])
         result |= {"timer": timed.timer, "launch_s": timed.launch}
-        result["peak_bytes"] = peak_bytes(call, device)
         if name != OURS:
             result |= clock.speedup(times[OURS], times[name])
         record["results"][name] = result
 
 
 def _checked(
-    problem: Problem, prepare: Callable[[], Call], clock_: Clock
+    problem: Problem, prepare: Callable[[], Call], clock_: Clock, device: torch.device
 ) -> tuple[Call, dict[str, Any]]:
-    """A call whose results obey the error rule, with its first time and error."""
+    """A call whose results obey the error rule, with its first time, error and peak memory."""
     began = time.perf_counter()
     call = prepare()
     results = call()
     clock_.synchronize()
     first = time.perf_counter() - began
-    return call, {"first_call_s": first, "max_error": problem.check(results)}
+    try:
+        error = problem.check(results)
+    except torch.OutOfMemoryError as full:
+        raise Unavailable("the check of its results does not fit into memory") from full
+    del results
+    return call, {
+        "first_call_s": first,
+        "max_error": error,
+        "peak_bytes": peak_bytes(call, device),
+    }
 
 
 def _one_line(error: Exception) -> str:

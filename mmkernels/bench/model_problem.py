@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mmkernels as mm
 from mmkernels import testing
 from mmkernels.bench import model_peers
+from mmkernels.bench.calls import GPU_BACKENDS
 from mmkernels.bench.case import OURS, Call, Results, Unavailable
 from mmkernels.bench.compiling import compiled
 
@@ -60,7 +61,7 @@ class ModelProblem:
         self.flops = products + self.attention_passes * attention_flops
         self.bytes = self.weight_moves * sum(x.nbytes for x in model.parameters())
         self.bytes += sum(x.nbytes for x in (*inputs.values(), *results))
-        backends = ("triton", "cuda") if model_peers.on_gpu(model) else ()
+        backends = GPU_BACKENDS if model_peers.on_gpu(model) else ()
         self.implementations: Mapping[str, Callable[[], Call]] = {
             OURS: lambda: self.call(model_peers.replaced(model)),
             **{f"{OURS} {name}": functools.partial(self._on_backend, name) for name in backends},

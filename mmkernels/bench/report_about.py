@@ -73,7 +73,10 @@ def _gpu(env: Mapping[str, Any]) -> str:
         f"{env['gpu_memory_gib']} GiB",
         f"CUDA {env['cuda']}",
     ]
-    asked = {"driver_version": "driver", "clocks.sm": "SM clock", "clocks.mem": "memory clock"}
+    asked = {
+        "driver_version": "driver", "cudnn": "cuDNN", "clocks.sm": "SM clock under load",
+        "clocks.max.sm": "at most", "clocks.mem": "memory clock", "power.limit": "power limit",
+    }  # fmt: skip
     return ", ".join(parts + [f"{text} {env[name]}" for name, text in asked.items() if name in env])
 
 

@@ -53,6 +53,7 @@ def measured(
             "not_reached": [str(case) for case in cases],
             "finished": False,
         }
+        data["environment"] |= environment.clocks(device)
         for case in cases:
             if limit is not None and time.monotonic() - began > limit:
                 break

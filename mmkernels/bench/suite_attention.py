@@ -104,8 +104,16 @@ DIFFERENT = (*QUICK, "Gemma 3 4B, images in text", "SmolLM2-135M, batch of promp
 TRAINED_ON_CPU = ("PaliGemma 3B 448", "Qwen2.5-7B", "Qwen2.5-VL vision, windowed layer")
 
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
-# A model's name, dtype, mode, and whether the slow peers take part.
-Plan = Iterator[tuple[str, torch.dtype, str, bool]]
+
+
+class Choice(NamedTuple):
+    """One case: a model's name, dtype and mode, and whether slow peers and FlexAttention join."""
+
+    name: str
+    dtype: torch.dtype
+    mode: str
+    telling: bool = False
+    with_flex: bool = False
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -117,48 +125,46 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         "cpu": _cpu(),
         "toy": _toy(),
     }[size]
-    return [
-        _case(BY_NAME[name], size, dtype, mode, slow, device) for name, dtype, mode, slow in plan
-    ]
+    return [_case(choice, size, device) for choice in plan]
 
 
-def _gpu() -> Plan:
+def _gpu() -> Iterator[Choice]:
     for name in BY_NAME:
         for mode in (FORWARD, BOTH, BACKWARD):
-            yield name, torch.bfloat16, mode, mode != BACKWARD
+            yield Choice(name, torch.bfloat16, mode, mode != BACKWARD, True)
     for name in DIFFERENT:
-        yield name, torch.float32, FORWARD, False
+        yield Choice(name, torch.float32, FORWARD)
 
 
-def _gpu_quick() -> Plan:
+def _gpu_quick() -> Iterator[Choice]:
     for name in QUICK:
-        yield name, torch.bfloat16, FORWARD, name in TELLING[:1]
-        yield name, torch.bfloat16, BOTH, False
+        first = name in TELLING[:1]
+        yield Choice(name, torch.bfloat16, FORWARD, first, True)
+        yield Choice(name, torch.bfloat16, BOTH, False, first)
 
 
-def _cpu() -> Plan:
+def _cpu() -> Iterator[Choice]:
     for name in BY_NAME:
-        yield name, torch.bfloat16, FORWARD, name in TELLING
+        yield Choice(name, torch.bfloat16, FORWARD, name in TELLING, name in DIFFERENT)
     for name in DIFFERENT:
-        yield name, torch.float32, FORWARD, False
+        yield Choice(name, torch.float32, FORWARD)
     for name in TRAINED_ON_CPU:
-        yield name, torch.float32, BOTH, False
+        yield Choice(name, torch.float32, BOTH)
 
 
-def _toy() -> Plan:
+def _toy() -> Iterator[Choice]:
     for name in DIFFERENT:
-        yield name, torch.bfloat16, FORWARD, False
+        yield Choice(name, torch.bfloat16, FORWARD)
     for name in TELLING:
-        yield name, torch.float32, BOTH, False
+        yield Choice(name, torch.float32, BOTH)
 
 
-def _case(
-    model: Model, at: str, dtype: torch.dtype, mode: str, telling: bool, device: torch.device
-) -> Case:
-    size, mask = getattr(model, at)
+def _case(choice: Choice, at: str, device: torch.device) -> Case:
+    name, dtype, mode, telling, with_flex = choice
+    size, mask = getattr(BY_NAME[name], at)
 
     def make() -> AttentionProblem:
-        beside = peers(mask, size, device, telling)
+        beside = peers(mask, size, device, telling, with_flex)
         return AttentionProblem(size, mask, dtype, mode, device, beside)
 
-    return Case("attention", model.name, str(size), mask.name, dtype, mode, make)
+    return Case("attention", name, str(size), mask.name, dtype, mode, make)

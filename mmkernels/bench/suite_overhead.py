@@ -28,7 +28,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         return lambda: _unrated(AttentionProblem(SIZE, full, dtype, mode, device, peers))
 
     def decode() -> Problem:
-        peers = {OURS: decode_peers.ours(), "SDPA": decode_peers.masked(decode_peers.sdpa)}
+        peers = {OURS: decode_peers.ours(), "SDPA": decode_peers.masked(decode_peers.sdpa())}
         return _unrated(DecodeProblem(CACHE, dtype, device, False, peers))
 
     def patch() -> Problem:

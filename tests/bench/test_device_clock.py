@@ -1,6 +1,7 @@
 """What the clock of a GPU asks of torch.cuda, answered by a made-up one."""
 
 import itertools
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,8 @@ DEVICE = torch.device("cuda")
 class FakeGpu:
     """Stands in for torch.cuda: every event recorded is `seconds` after the one before it."""
 
-    def __init__(self, monkeypatch, seconds: float, capturable: bool = True) -> None:
+    def __init__(self, monkeypatch, seconds: float) -> None:
         self.log: list[str] = []
-        self.captured = 0
         ticks = itertools.count()
 
         class Event:
@@ -33,28 +33,11 @@ class FakeGpu:
             def elapsed_time(event, other) -> float:
                 return other.at - event.at
 
-        class Graph:
-            def replay(graph) -> None:
-                self.log.append("replay")
-
-        class Capture:
-            def __init__(capture, graph) -> None:
-                self.captured = len(self.log)
-
-            def __enter__(capture) -> None:
-                if not capturable:
-                    raise RuntimeError("operation not permitted when stream is capturing")
-
-            def __exit__(capture, *_) -> None:
-                self.captured = self.log[self.captured :].count("call")
-
         fake = {
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 10),
             "Event": Event,
             "synchronize": lambda: self.log.append("synchronize"),
             "_sleep": lambda cycles: self.log.append(f"sleep {cycles > 0}"),
-            "CUDAGraph": Graph,
-            "graph": Capture,
         }
         for name, value in fake.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -77,19 +60,20 @@ def test_a_long_call_is_timed_by_events_while_the_gpu_is_kept_busy(monkeypatch):
     assert (timed.timer, timed.launch) == ("events", None)
 
 
-def test_a_short_call_is_timed_by_a_graph_of_many_and_its_launch_is_told(monkeypatch):
+def test_of_a_short_call_the_launch_is_told(monkeypatch):
     gpu = FakeGpu(monkeypatch, seconds=40e-6)
     timed = gpu.ready()
-    assert gpu.captured == clock.GRAPHED_CALLS
-    assert timed.sample() == pytest.approx(40e-6 / clock.GRAPHED_CALLS)
-    assert gpu.log == ["record", "replay", "record", "wait"]
-    assert timed.timer == "graph" and timed.launch > 0
-
-
-def test_a_short_call_that_cannot_be_captured_is_timed_by_events(monkeypatch):
-    timed = FakeGpu(monkeypatch, seconds=40e-6, capturable=False).ready()
-    assert timed.timer == "events" and timed.launch > 0
     assert timed.sample() == pytest.approx(40e-6)
+    assert gpu.log == ["sleep True", "record", "call", "record", "wait"]
+    assert timed.timer == "events" and timed.launch > 0
+
+
+def test_a_launch_that_takes_long_is_not_repeated_for_long(monkeypatch):
+    gpu = FakeGpu(monkeypatch, seconds=0.003)
+    monkeypatch.setattr(clock, "LONGEST_LAUNCH", 1e-4)
+    calls = []
+    gpu.clock.ready(lambda: (calls.append(1), time.sleep(0.003)))
+    assert len(calls) < 10
 
 
 def test_the_wall_clock_has_the_launches_in_it(monkeypatch):

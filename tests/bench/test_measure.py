@@ -7,7 +7,7 @@ import torch
 
 from mmkernels.bench import clock, compiling, measure, memory
 from mmkernels.bench.case import OURS
-from tests.bench.fake import case
+from tests.bench.fake import Product, case
 
 CPU = torch.device("cpu")
 TURNS = clock.Turns(least=3, most=3, seconds=0.0)
@@ -50,6 +50,28 @@ def test_a_problem_that_cannot_be_made_ends_no_run():
     broken_case = dataclasses.replace(case(), make=broken)
     found = measure.measure(broken_case, clock.HostClock(), CPU, TURNS)
     assert found["failed"] == "MemoryError: too large"
+
+
+def test_what_does_not_fit_into_memory_is_left_out_and_no_failure(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(Product, "check", full)
+    found = record()
+    assert found["failed"] is None and found["results"] == {}
+    assert found["left_out"][OURS] == "the check of its results does not fit into memory"
+    large = dataclasses.replace(case(), make=full)
+    found = measure.measure(large, clock.HostClock(), CPU, TURNS)
+    assert found["failed"] is None
+    assert found["left_out"] == {OURS: "its inputs do not fit into memory"}
+
+
+def test_ours_that_needs_too_much_memory_fails(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(Product, "right", full)
+    assert record()["failed"] == "OutOfMemoryError: tried to allocate 80 GiB"
 
 
 @pytest.mark.parametrize("wall", [False, True])
