@@ -145,6 +145,15 @@ def test_what_ships_is_tried_however_few_are():
     assert result.best.config == config and len(result.trials) == 1 + len(neighbours(CANDIDATES))
 
 
+def test_a_quick_run_does_not_replace_what_a_full_one_found_by_what_is_slower():
+    far = CANDIDATES[-1]
+    kernel = Kernel({far: 3.0, neighbours(CANDIDATES)[1]: 8.0})
+    search(kernel)
+    assert saved() == {PROBLEM.key(): far._asdict()}
+    search(kernel, select=neighbours)
+    assert saved() == {PROBLEM.key(): far._asdict()}
+
+
 def test_an_earlier_result_is_kept_through_an_interrupt():
     other = PROBLEM._replace(masked=False)
     search(Kernel(), [other], select=neighbours)
