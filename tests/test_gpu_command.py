@@ -219,7 +219,9 @@ sys.exit(command.main([], {"DRY_RUN": "1", "OUT": sys.argv[1]}))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda how: how.name
+)
 def test_what_is_done_is_there_if_the_run_is_ended(how, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -256,6 +258,12 @@ def test_folders_of_this_machine_are_not_kept(run):
     assert kept(run)["doctor"] == {"python": "at ~/bin/python", "in": ["./x"]}
 
 
+def test_a_home_that_is_the_root_changes_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    record = Record(tmp_path / "out", {"dry_run": True, "environment": {"device": "cpu"}})
+    assert record.anonymous("10 TFLOP/s") == "10 TFLOP/s"
+
+
 def test_the_json_of_bench_is_kept_twice_and_names_no_folder(run, monkeypatch):
     path = run.record.folder / "bench.json"
     data = {"records": [], "environment": {"command": f"bench --json {path}"}}
@@ -282,9 +290,11 @@ def test_json_that_is_none_is_said():
 
 def test_bench_takes_no_json_of_an_earlier_run(run, monkeypatch):
     (run.record.folder / "bench.json").write_text('{"records": []}')
+    (run.record.folder / "bench.md").write_text("an old table")
     monkeypatch.setattr(Run, "python", lambda *_, **__: None)
     verbs.bench(run, 60)
     assert "problem" in kept(run)["bench"]
+    assert "an old table" not in (run.record.folder / "gpu.md").read_text()
 
 
 def test_tuned_configurations_stand_beside_the_tables(run):

@@ -83,7 +83,7 @@ def main(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> int
     record = Record(Path(variables.get("OUT") or default), facts)
     run = Run(record, Runner(record.folder / "gpu.log"), dry)
     run.runner.say("run", f"{facts['environment']['date']}: {command}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: run.runner.stop())
     execute(run, names, budget, STEPS)
     print(page.table(record.data["parts"]))

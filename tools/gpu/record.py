@@ -26,6 +26,7 @@ class Record:
         self.folder = folder.resolve()
         self._names = {str(self.folder): "OUT", str(ROOT): ".", str(Path.home()): "~"}
         self._names[tempfile.gettempdir()] = "TMP"
+        self._names.pop("/", None)  # a home that is no folder of its own, as in some containers
         self.data: dict[str, Any] = {**data, "parts": [], "finished": False}
         self._lock = threading.RLock()
         self.write()
