@@ -66,6 +66,7 @@ def tune(
     measure: Measure,
     select: Select = list,
     limit: float = float("inf"),
+    done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Searches the problems, and saves each result as soon as it is there.
 
@@ -76,6 +77,7 @@ def tune(
         measure: takes a function, returns the milliseconds of a call.
         select: which of a problem's candidates to try, the table's first.
         limit: seconds after which no problem is begun.
+        done: called with every result once it is saved.
 
     Returns:
         The results of the problems that were begun, in their order.
@@ -93,14 +95,17 @@ def tune(
             configs.append(served)
     results: list[Result] = []
     began = time.monotonic()
-    with progress(sum(map(len, plans.values())), "config") as step:
-        for problem, configs in plans.items():
-            if time.monotonic() - began >= limit:
-                break
-            results.append(search(problem, make, configs, measure, step))
-            if (found := entry(results[-1])) is not None:
-                tuning_store.merge(gpu.name, [found])
-    forget()
+    try:
+        with progress(sum(map(len, plans.values())), "config") as step:
+            for problem, configs in plans.items():
+                if time.monotonic() - began >= limit:
+                    break
+                results.append(search(problem, make, configs, measure, step))
+                if (found := entry(results[-1])) is not None:
+                    tuning_store.merge(gpu.name, [found])
+                done(results[-1])
+    finally:
+        forget()
     return results
 
 
@@ -173,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if a problem had no right configuration; 2 without a GPU or if the file
-        of saved configurations cannot be used.
+        of saved configurations cannot be used; 130 if it was interrupted.
     """
     arguments = parse(argv)
     dry = arguments.dry_run
@@ -190,10 +195,15 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with tuning_store.elsewhere() if dry else contextlib.nullcontext():
         problems = tuning_plan.problems(scope, gpu)
+        results: list[Result] = []
+        interrupted = False
         try:
-            results = tune(
-                problems, gpu, lambda p: make_case(p, device, dry), clock, select, arguments.limit
-            )
+            tune(
+                problems, gpu, lambda p: make_case(p, device, dry), clock, select,
+                arguments.limit, results.append,
+            )  # fmt: skip
+        except KeyboardInterrupt:  # what was found is printed
+            interrupted = True
         except (ValueError, OSError) as error:
             print(f"mmkernels tune: {error}", file=sys.stderr)
             return 2
@@ -204,4 +214,6 @@ def main(argv: list[str] | None = None) -> int:
         lines = [*map(render, results), *(f"{name}: not reached" for name in missed)]
         saved = "a dry run: nothing is saved" if dry else f"saved in {tuning_store.path(gpu.name)}"
         print("\n".join([*lines, saved]))
+    if interrupted:
+        return 130
     return 0 if all(result.best for result in results) else 1

@@ -211,6 +211,20 @@ def test_the_command_fails_where_no_configuration_is_right(on_a_gpu, monkeypatch
     assert "was right; the table serves" in capsys.readouterr().out
 
 
+def test_the_command_prints_what_it_found_before_an_interrupt(on_a_gpu, monkeypatch, capsys):
+    def make(problem, *_):
+        if problem.head_dim == 80:
+            raise KeyboardInterrupt
+        return Kernel({FAST: 1}).case(problem)
+
+    monkeypatch.setattr(tune, "make_case", make)
+    argv = ["--kernel", "forward", "--head-dim", "64", "80", "--quick", "--json"]
+    assert cli.main(["tune", *argv]) == 130
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"].keys() == saved().keys()
+    assert len(report["problems"]) == len(report["not_reached"]) == 2
+
+
 def test_the_command_refuses_a_corrupt_file_before_it_measures(on_a_gpu, monkeypatch, capsys):
     file = tuning_store.path(GPU.name)
     file.parent.mkdir()
