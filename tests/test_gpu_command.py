@@ -115,6 +115,8 @@ def test_it_refuses_without_a_gpu_and_what_it_does_not_know(monkeypatch, capsys)
     assert "no step test; there are install" in capsys.readouterr().err
     assert command.main([], {"DRY_RUN": "yes"}) == 2
     assert "DRY_RUN is yes; it must be 1, or 0" in capsys.readouterr().err
+    assert command.main([], {"DRY_RUN": "1", "OUT": __file__}) == 2
+    assert "OUT must be a folder" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_the_same_files_and_says_what_it_is(tmp_path):
@@ -125,7 +127,8 @@ def test_a_dry_run_writes_the_same_files_and_says_what_it_is(tmp_path):
         capture_output=True, text=True, cwd=ROOT, env=variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "sanitize: sanitize  not possible" in done.stdout.splitlines()[-2]
+    lines = done.stdout.splitlines()
+    assert "sanitize: sanitize  not possible" in lines[0] and lines[0] == lines[-2]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "gpu.json", "gpu.log", "gpu.md",
     ]  # fmt: skip

@@ -40,7 +40,7 @@ class Record:
         return part
 
     def end(self, part: dict[str, Any], status: str, **facts: Any) -> None:
-        """A part that has ended.
+        """A part that has ended; prints a line, for a run takes minutes.
 
         Args:
             part: that `begin` returned.
@@ -51,6 +51,7 @@ class Record:
         with self._lock:
             part |= {"status": status, **facts}
             self.write()
+            print(page.table([part]), flush=True)
 
     def put(self, **facts: Any) -> None:
         """Keeps facts beside the parts."""
