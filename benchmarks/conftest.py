@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def session(pytestconfig: pytest.Config) -> Iterator[Session]:
     """Measures the ceilings before the first case."""
-    with run.fresh_caches():
+    with run.fresh_caches(), run.ieee_float32():
         command = " ".join(("pytest", *pytestconfig.invocation_params.args))
         pytestconfig.stash[SESSION] = Session(pytestconfig.getoption("--quick"), command)
         yield pytestconfig.stash[SESSION]
