@@ -23,6 +23,8 @@ from mmkernels.bench.report_tables import losses, plain_name, without_empty
 from tools.generated import ROOT, replaced, table
 
 RESULTS, PAGES, IMAGES = "benchmarks/results", "docs/results", "docs/images"
+# Of the last run of `make gpu`; renamed, its bench.json is a result.
+OF_MAKE_GPU = ("gpu.json", "bench.json")
 BEGIN, END = "<!-- begin run: written by `make bench-report` -->", "<!-- end run -->"
 # What the blocks say, beside older results, until there is a run to publish.
 NO_RUN = "No run of the present suite is published yet; these are of the one before it."
@@ -64,6 +66,8 @@ def newest(root: Path) -> list[Run]:
     """One run for each device, GPUs first."""
     found: dict[str, Run] = {}
     for path in sorted((root / RESULTS).glob("*/*.json")):
+        if path.name in OF_MAKE_GPU:
+            continue
         try:
             run = Run(path.relative_to(root), report.load(path))
         except ValueError:  # of another schema: kept, because pages link to it, and not shown

@@ -23,8 +23,8 @@ from mmkernels._core import (
     tuning_store,
 )
 from mmkernels._core.progress import progress
-from mmkernels._core.triton_runtime import KNOWN_GPUS, Gpu
-from mmkernels._core.tuning_choice import ATTENTION_KERNELS, Config, Problem, forget, shipped
+from mmkernels._core.triton_runtime import KNOWN_GPUS, Gpu, input_precision
+from mmkernels._core.tuning_choice import ATTENTION_KERNELS, Config, Problem, choice, forget
 from mmkernels._core.tuning_report import entry, render, report
 from mmkernels._core.tuning_search import Case, Measure, Result, neighbours, search
 
@@ -66,6 +66,7 @@ def tune(
     measure: Measure,
     select: Select = list,
     limit: float = float("inf"),
+    done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Searches the problems, and saves each result as soon as it is there.
 
@@ -76,6 +77,7 @@ def tune(
         measure: takes a function, returns the milliseconds of a call.
         select: which of a problem's candidates to try, the table's first.
         limit: seconds after which no problem is begun.
+        done: called with every result once it is saved.
 
     Returns:
         The results of the problems that were begun, in their order.
@@ -87,19 +89,23 @@ def tune(
     tuning_store.read(gpu.name)
     plans = {problem: select(problem.candidates(gpu)) for problem in problems}
     for problem, configs in plans.items():
-        # What is saved here goes before it, and so has to be no slower.
-        if (served := shipped(problem, gpu)) is not None and served.config not in configs:
-            configs.append(served.config)
+        # What serves now, measured here or shipped: what is saved goes before it.
+        served = choice(problem, gpu, input_precision(problem.dtype)).config
+        if served not in configs:
+            configs.append(served)
     results: list[Result] = []
     began = time.monotonic()
-    with progress(sum(map(len, plans.values())), "config") as step:
-        for problem, configs in plans.items():
-            if time.monotonic() - began >= limit:
-                break
-            results.append(search(problem, make, configs, measure, step))
-            if (found := entry(results[-1])) is not None:
-                tuning_store.merge(gpu.name, [found])
-    forget()
+    try:
+        with progress(sum(map(len, plans.values())), "config") as step:
+            for problem, configs in plans.items():
+                if time.monotonic() - began >= limit:
+                    break
+                results.append(search(problem, make, configs, measure, step))
+                if (found := entry(results[-1])) is not None:
+                    tuning_store.merge(gpu.name, [found])
+                done(results[-1])
+    finally:
+        forget()
     return results
 
 
@@ -172,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 if a problem had no right configuration; 2 without a GPU or if the file
-        of saved configurations cannot be used.
+        of saved configurations cannot be used; 130 if it was interrupted.
     """
     arguments = parse(argv)
     dry = arguments.dry_run
@@ -189,10 +195,15 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with tuning_store.elsewhere() if dry else contextlib.nullcontext():
         problems = tuning_plan.problems(scope, gpu)
+        results: list[Result] = []
+        interrupted = False
         try:
-            results = tune(
-                problems, gpu, lambda p: make_case(p, device, dry), clock, select, arguments.limit
-            )
+            tune(
+                problems, gpu, lambda p: make_case(p, device, dry), clock, select,
+                arguments.limit, results.append,
+            )  # fmt: skip
+        except KeyboardInterrupt:  # what was found is printed
+            interrupted = True
         except (ValueError, OSError) as error:
             print(f"mmkernels tune: {error}", file=sys.stderr)
             return 2
@@ -203,4 +214,6 @@ def main(argv: list[str] | None = None) -> int:
         lines = [*map(render, results), *(f"{name}: not reached" for name in missed)]
         saved = "a dry run: nothing is saved" if dry else f"saved in {tuning_store.path(gpu.name)}"
         print("\n".join([*lines, saved]))
+    if interrupted:
+        return 130
     return 0 if all(result.best for result in results) else 1

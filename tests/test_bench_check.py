@@ -248,6 +248,14 @@ def test_accepting_records_runs_and_keeps_other_machines(measuring, monkeypatch,
     assert measuring({"a": [1.71], "b": [3.0]}) == (0, [1, 1])
 
 
+def test_what_is_too_noisy_to_fail_is_not_recorded(measuring, tmp_path, capsys):
+    before = (tmp_path / "ratios.json").read_text()
+    values = {"a": itertools.cycle([2.0, 2.0, 2.0, 2.7]), "b": itertools.repeat(3.0)}
+    assert measuring(values, "--accept") == (1, [ratios.RUNS] * 2)
+    assert "not written: a band is above ± 50%" in capsys.readouterr().out
+    assert (tmp_path / "ratios.json").read_text() == before
+
+
 def test_a_baseline_of_other_cases_fails(measuring, monkeypatch, capsys):
     monkeypatch.setattr(ratios, "WATCHED", {"a": "eager", "b": "F.conv2d"})
     assert measuring({"a": [], "b": []}) == (1, [0, 0])

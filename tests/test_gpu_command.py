@@ -115,6 +115,8 @@ def test_it_refuses_without_a_gpu_and_what_it_does_not_know(monkeypatch, capsys)
     assert "no step test; there are install" in capsys.readouterr().err
     assert command.main([], {"DRY_RUN": "yes"}) == 2
     assert "DRY_RUN is yes; it must be 1, or 0" in capsys.readouterr().err
+    assert command.main([], {"DRY_RUN": "1", "OUT": __file__}) == 2
+    assert "OUT must be a folder" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_the_same_files_and_says_what_it_is(tmp_path):
@@ -125,7 +127,8 @@ def test_a_dry_run_writes_the_same_files_and_says_what_it_is(tmp_path):
         capture_output=True, text=True, cwd=ROOT, env=variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "sanitize: sanitize  not possible" in done.stdout.splitlines()[-2]
+    lines = done.stdout.splitlines()
+    assert "sanitize: sanitize  not possible" in lines[0] and lines[0] == lines[-2]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "gpu.json", "gpu.log", "gpu.md",
     ]  # fmt: skip
@@ -219,7 +222,9 @@ sys.exit(command.main([], {"DRY_RUN": "1", "OUT": sys.argv[1]}))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    "how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda how: how.name
+)
 def test_what_is_done_is_there_if_the_run_is_ended(how, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -256,6 +261,12 @@ def test_folders_of_this_machine_are_not_kept(run):
     assert kept(run)["doctor"] == {"python": "at ~/bin/python", "in": ["./x"]}
 
 
+def test_a_home_that_is_the_root_changes_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    record = Record(tmp_path / "out", {"dry_run": True, "environment": {"device": "cpu"}})
+    assert record.anonymous("10 TFLOP/s") == "10 TFLOP/s"
+
+
 def test_the_json_of_bench_is_kept_twice_and_names_no_folder(run, monkeypatch):
     path = run.record.folder / "bench.json"
     data = {"records": [], "environment": {"command": f"bench --json {path}"}}
@@ -282,9 +293,11 @@ def test_json_that_is_none_is_said():
 
 def test_bench_takes_no_json_of_an_earlier_run(run, monkeypatch):
     (run.record.folder / "bench.json").write_text('{"records": []}')
+    (run.record.folder / "bench.md").write_text("an old table")
     monkeypatch.setattr(Run, "python", lambda *_, **__: None)
     verbs.bench(run, 60)
     assert "problem" in kept(run)["bench"]
+    assert "an old table" not in (run.record.folder / "gpu.md").read_text()
 
 
 def test_tuned_configurations_stand_beside_the_tables(run):

@@ -151,6 +151,13 @@ def test_every_file_is_there_and_those_that_need_a_gpu_are_in_a_job():
     assert marked == {job.path for job in testing.JOBS}
 
 
+def test_memcheck_sees_every_tensor_as_a_block_of_its_own(run):
+    code = "import os; print(os.environ.get('PYTORCH_NO_CUDA_MEMORY_CACHING'))"
+    for check, wanted in {"memcheck": "1", "racecheck": "None"}.items():
+        done = run.python("sanitize", check, ["-c", code], 60, ("env", "-u", check))
+        assert done.stdout.strip() == wanted
+
+
 def test_a_dry_run_sanitizes_nothing_and_a_gpu_run_every_pair(run, monkeypatch):
     testing.sanitize(run, 60)
     part = run.record.data["parts"][0]

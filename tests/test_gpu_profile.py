@@ -180,6 +180,25 @@ def test_what_a_backend_declines_or_fails_in_is_left_out(monkeypatch, capsys):
     assert len(json.loads(capsys.readouterr().out)["not_reached"]) == 3
 
 
+def test_what_was_launched_before_an_interrupt_is_printed(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    calls = {"first": lambda: None, "second": interrupted, "third": lambda: None}
+    monkeypatch.setattr(
+        profiled,
+        "launches",
+        lambda *_: (
+            profiled.Launch(name, "triton", lambda call=call: call, 1.0, 1.0)
+            for name, call in calls.items()
+        ),
+    )
+    assert profiled.main(["--toy", "--clock"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [case["case"] for case in found["cases"]] == ["first"]
+    assert found["not_reached"] == ["second", "third"]
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["attention", "decode", "patches"])
 def test_kernels_run_and_are_timed(kind):

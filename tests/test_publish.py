@@ -119,10 +119,12 @@ def test_the_newest_whole_full_run_of_each_device_is_shown(root):
     commit(root, "h200/quick.json", dated(5, **GPU, quick=True))
     full = commit(root, "h200/full.json", dated(4, **GPU))
     commit(root, "l4/quick.json", dated(4, **GPU, quick=True))
+    commit(root, "l4/bench.json", dated(5, **GPU))
     commit(root, "a-cpu/smoke.json", dated(4, quick=True))
     shown = publish.newest(root)
     assert [run.device for run in shown] == ["h200", "l4", "cpu"], "GPUs first"
     assert [root / run.path for run in shown][::2] == [full, best]
+    assert shown[1].path.name == "quick.json", "what make gpu leaves has no name yet"
 
 
 def test_a_run_of_pytest_benchmark_is_shown(root):

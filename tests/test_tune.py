@@ -145,6 +145,15 @@ def test_what_ships_is_tried_however_few_are():
     assert result.best.config == config and len(result.trials) == 1 + len(neighbours(CANDIDATES))
 
 
+def test_a_quick_run_does_not_replace_what_a_full_one_found_by_what_is_slower():
+    far = CANDIDATES[-1]
+    kernel = Kernel({far: 3.0, neighbours(CANDIDATES)[1]: 8.0})
+    search(kernel)
+    assert saved() == {PROBLEM.key(): far._asdict()}
+    search(kernel, select=neighbours)
+    assert saved() == {PROBLEM.key(): far._asdict()}
+
+
 def test_an_earlier_result_is_kept_through_an_interrupt():
     other = PROBLEM._replace(masked=False)
     search(Kernel(), [other], select=neighbours)
@@ -200,6 +209,20 @@ def test_the_command_fails_where_no_configuration_is_right(on_a_gpu, monkeypatch
     argv = ["--kernel", "forward", "--head-dim", "64", "--dtype", "float32"]
     assert cli.main(["tune", *argv]) == 1
     assert "was right; the table serves" in capsys.readouterr().out
+
+
+def test_the_command_prints_what_it_found_before_an_interrupt(on_a_gpu, monkeypatch, capsys):
+    def make(problem, *_):
+        if problem.head_dim == 80:
+            raise KeyboardInterrupt
+        return Kernel({FAST: 1}).case(problem)
+
+    monkeypatch.setattr(tune, "make_case", make)
+    argv = ["--kernel", "forward", "--head-dim", "64", "80", "--quick", "--json"]
+    assert cli.main(["tune", *argv]) == 130
+    report = json.loads(capsys.readouterr().out)
+    assert report["problems"].keys() == saved().keys()
+    assert len(report["problems"]) == len(report["not_reached"]) == 2
 
 
 def test_the_command_refuses_a_corrupt_file_before_it_measures(on_a_gpu, monkeypatch, capsys):

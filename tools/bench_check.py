@@ -82,9 +82,12 @@ def check_ratios(accept: bool, folder: Path) -> Outcome:
         with progress(ratios.RUNS * len(cases), "case") as step:
             made = ratios.recorded(cases, step)
         entry = {"environment": environment, "cases": ratios.saved(made)}
-        run.write(path, baselines | {machine: entry})
         rows = [[name, one.peer, *_figures(one)] for name, one in made.items()]
         lines = table(["case", "peer", "ratio", "band"], rows)
+        if any(one.band > ratios.MOST_BAND for one in made.values()):
+            why = f"a band is above ± {ratios.MOST_BAND:.0%}: record on a machine that does less"
+            return Outcome(f"ratios: {machine}\n{lines}\nnot written: {why}", WORSE)
+        run.write(path, baselines | {machine: entry})
         return Outcome(f"ratios: {machine}\n{lines}\nwritten to {path}", GOOD)
     recorded = {key: kept["environment"]["torch"] for key, kept in baselines.items()}
     if recorded.get(machine) != environment["torch"]:

@@ -211,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
                 found["rows"] += [of | row | _limit(launch, rows, ceilings, sizes) for row in rows]
         except BackendUnavailable as error:
             found["left_out"][launch.case] = error.reasons[launch.backend]
+        except KeyboardInterrupt:  # the time is out: what was launched is to be read
+            failed, arguments.limit = True, -1.0
+            found["not_reached"].append(launch.case)
         except Exception as error:  # kept; the other kernels are to be seen
             failed = True
             found["left_out"][launch.case] = f"{type(error).__name__}: {error}"

@@ -48,7 +48,8 @@ def main(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> int
 
     Returns:
         The exit code: 0; 1 if a part failed or took too long, or there is no GPU; 2 for a step or
-        a value of DRY_RUN that there is not; 130 if it was ended from outside.
+        a value of DRY_RUN that there is not, or an OUT that is no folder; 130 if it was ended from
+        outside.
     """
     dry_run = variables.get("DRY_RUN") or "0"
     try:
@@ -80,13 +81,19 @@ def main(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> int
         "total_seconds": budget.total,
         "environment": environment.describe(device, True, command),
     }
-    record = Record(Path(variables.get("OUT") or default), facts)
+    try:
+        record = Record(Path(variables.get("OUT") or default), facts)
+    except OSError as error:
+        print(f"make gpu: OUT must be a folder that can be written to: {error}", file=sys.stderr)
+        return 2
     run = Run(record, Runner(record.folder / "gpu.log"), dry)
     run.runner.say("run", f"{facts['environment']['date']}: {command}")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: run.runner.stop())
     execute(run, names, budget, STEPS)
     print(page.table(record.data["parts"]))
+    if lines := page.limiters(record.data, record.folder):
+        print("", *lines, sep="\n")
     print(f"written: gpu.json, gpu.md and gpu.log in {record.folder}")
     if run.runner.stopped:
         return 130

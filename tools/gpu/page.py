@@ -140,7 +140,8 @@ def _bench(data: Mapping[str, Any], folder: Path) -> list[str]:
     return ["```text", report.text(data["bench"]), "```"]
 
 
-def _profile(data: Mapping[str, Any], folder: Path) -> list[str]:
+def limiters(data: Mapping[str, Any], folder: Path) -> list[str]:
+    """What limits each kernel, by backend; nothing if that was not asked."""
     lines = []
     for backend, found in data.get("profile", {}).items():
         why = f": {found['why_not_ncu']}" if "why_not_ncu" in found else ""
@@ -170,6 +171,6 @@ SECTIONS: dict[str, Section] = {
     "Doctor": _doctor,
     "Tuned configurations beside the table's": _tune,
     "Benchmarks": _bench,
-    "What limits each kernel": _profile,
+    "What limits each kernel": limiters,
     "Skipped tests": _skips,
 }

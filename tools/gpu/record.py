@@ -26,6 +26,7 @@ class Record:
         self.folder = folder.resolve()
         self._names = {str(self.folder): "OUT", str(ROOT): ".", str(Path.home()): "~"}
         self._names[tempfile.gettempdir()] = "TMP"
+        self._names.pop("/", None)  # a home that is no folder of its own, as in some containers
         self.data: dict[str, Any] = {**data, "parts": [], "finished": False}
         self._lock = threading.RLock()
         self.write()
@@ -39,7 +40,7 @@ class Record:
         return part
 
     def end(self, part: dict[str, Any], status: str, **facts: Any) -> None:
-        """A part that has ended.
+        """A part that has ended; prints a line, for a run takes minutes.
 
         Args:
             part: that `begin` returned.
@@ -50,6 +51,7 @@ class Record:
         with self._lock:
             part |= {"status": status, **facts}
             self.write()
+            print(page.table([part]), flush=True)
 
     def put(self, **facts: Any) -> None:
         """Keeps facts beside the parts."""
