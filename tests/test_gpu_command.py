@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -291,9 +292,17 @@ def test_json_that_is_none_is_said():
 # The steps
 
 
-def test_bench_takes_no_json_of_an_earlier_run(run, monkeypatch):
-    (run.record.folder / "bench.json").write_text('{"records": []}')
-    (run.record.folder / "bench.md").write_text("an old table")
+def test_an_earlier_run_is_set_aside_and_not_taken_for_this_one(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    earlier = {"gpu.json": "{}", "gpu.log": "all", "bench.json": "{}", "bench.md": "an old table"}
+    for name, text in earlier.items():
+        (folder / name).write_text(text)
+    (folder / "2026-11-29-abcdef0.json").write_text("published")
+    run = Run(Record(folder, FACTS), Runner(folder / "gpu.log"), dry=True)
+    (aside,) = folder.glob("earlier-*")
+    assert {path.name: path.read_text() for path in aside.iterdir()} == earlier
+    assert (folder / "2026-11-29-abcdef0.json").exists()
     monkeypatch.setattr(Run, "python", lambda *_, **__: None)
     verbs.bench(run, 60)
     assert "problem" in kept(run)["bench"]
@@ -326,17 +335,27 @@ def checkout(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_extension_comes_from_the_newest_wheel_that_has_one(run, checkout):
-    for name, files in (("old", ["mmkernels/_C.so"]), ("pure", ["mmkernels/__init__.py"])):
+    old = f"old-{platform.machine()}"
+    for name, file in (
+        (old, "mmkernels/_C.so"),
+        (f"pure-{platform.machine()}", "mmkernels/__init__.py"),
+        ("other-machine", "mmkernels/_C.so"),
+    ):
         with zipfile.ZipFile(checkout / "dist" / f"{name}.whl", "w") as archive:
-            for file in files:
-                archive.writestr(file, name)
+            archive.writestr(file, name)
     install.install(run, 60)
-    assert kept(run)["extension"] == "old.whl"
-    os.utime(checkout / "dist" / "old.whl", (1, 1))
-    install.install(run, 60)
-    assert kept(run)["extension"] == "old.whl, OLDER THAN THE SOURCES"
-    assert (checkout / "mmkernels" / "_C.so").read_text() == "old"
+    assert kept(run)["extension"] == f"{old}.whl"
+    extension = checkout / "mmkernels" / "_C.so"
+    assert extension.read_text() == old
     assert not (checkout / "mmkernels" / "__init__.py").exists()
+    os.utime(checkout / "dist" / f"{old}.whl", (1, 1))
+    os.utime(extension, (1, 1))
+    install.install(run, 60)
+    assert kept(run)["extension"] == f"{old}.whl, OLDER THAN THE SOURCES"
+    extension.write_text("built later")
+    install.install(run, 60)
+    assert kept(run)["extension"].startswith("_C.so, which was there")
+    assert extension.read_text() == "built later"
 
 
 def test_without_a_wheel_the_extension_is_built_where_nvcc_is(checkout, tmp_path, monkeypatch):

@@ -36,7 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         "--json", type=Path, metavar="FILE", help="default: mmkernels-bench-<device>-<date>.json"
     )
     parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="begin no case after so many seconds"
+        "--limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin no case after so many seconds",
     )
     parser.add_argument(
         "--report",
@@ -45,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         help="measure nothing: make the tables and plots of this JSON again",
     )
     arguments = parser.parse_args(argv)
+    if not arguments.limit >= 0:
+        parser.error(f"--limit is {arguments.limit}; it must be a number of seconds, 0 or more")
     if arguments.report is not None:
         return _render(arguments.report)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--json is {path}; it must end in .json, so name it {path}.json")
     if path.exists():
         parser.error(f"--json is {path}, which is there already; move it away or name another file")
+    try:  # before anything is measured
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run.part(path).touch()
+    except OSError as error:
+        parser.error(f"--json is {path}, which cannot be written: {error}; name another file")
     cases = suites.cases(arguments.suite, device, arguments.quick)
     command = " ".join(("python -m mmkernels bench", *(argv if argv is not None else sys.argv[2:])))
     with progress(len(cases), "case") as step:

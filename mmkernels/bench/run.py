@@ -25,7 +25,7 @@ def measured(
     *,
     quick: bool,
     command: str,
-    limit: float | None = None,
+    limit: float = float("inf"),
     save: Callable[[Mapping[str, Any]], None] = lambda data: None,
     step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def measured(
         device: where their tensors lie.
         quick: they are the quick ones of their suites.
         command: how to repeat the run.
-        limit: seconds after which no case is begun; None: none.
+        limit: seconds after which no case is begun.
         save: called with the data after every case.
         step: called with the name of every case that is done.
 
@@ -55,7 +55,7 @@ def measured(
         }
         data["environment"] |= environment.clocks(device)
         for case in cases:
-            if limit is not None and time.monotonic() - began > limit:
+            if time.monotonic() - began > limit:
                 break
             turns = clock.QUICK if quick else clock.FULL
             data["records"].append(measure.measure(case, clock_, device, turns))
@@ -73,9 +73,13 @@ def measured(
 def write(path: Path, data: Mapping[str, Any]) -> None:
     """Writes the data; a reader, or a run that is cut off, never finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(part(path), path)
+
+
+def part(path: Path) -> Path:
+    """Where the data of a file are written before they take its place."""
+    return path.with_name(path.name + ".part")
 
 
 @contextmanager

@@ -78,6 +78,24 @@ def test_a_page_would_not_overwrite_the_json(one_case, tmp_path, capsys, name):
     assert not one_case
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "nan"], "--limit is nan; it must be a number of seconds, 0 or more"),
+        (["--limit", "-3"], "--limit is -3.0; it must be a number"),
+        (["--json", "file/run.json"], "--json is file/run.json, which cannot be written: "),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(
+    one_case, tmp_path, capsys, arguments, message
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--quick", *arguments])
+    assert exit_.value.code == 2 and one_case == []
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 99}'])
 def test_a_file_that_is_no_run_is_refused(tmp_path, capsys, text):
     path = tmp_path / "run.json"

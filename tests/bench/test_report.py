@@ -196,7 +196,7 @@ def test_the_environment_is_shown():
     for text in (report.markdown(data, {}), report.text(data)):
         for fact in (
             "NVIDIA Fake 200, capability 9.0, 132 SMs, L2 50 MiB, 139 GiB, CUDA 13.0, driver 580.1",
-            "SM clock 1980 MHz, memory clock 3201 MHz", "a CPU, 2 cores (AVX2), 2 threads",
+            "SM clock under load 1980 MHz, memory clock 3201 MHz", "a CPU, 2 cores (AVX2), 2 threads",
             "0.1.0 at 0123456, with uncommitted changes", "triton 3.8.0", "OMP_NUM_THREADS=2",
             "2026-11-29T10:00:00+00:00, seed 0", "`python -m mmkernels bench`",
             "float32 0.100 TFLOP/s, bfloat16 0.400 TFLOP/s, copy 10.0 GB/s",
@@ -251,9 +251,12 @@ def test_a_measured_run_can_be_reported(monkeypatch, tmp_path):
 
 
 def test_json_of_pytest_benchmark_is_read(tmp_path):
-    records, expected = [record(), record(name="b")], run([record(), record(name="b")])
+    records, failed = [record(), record(name="b")], record() | {"failed": "wrong", "results": {}}
+    expected = run([*records, failed]) | {"finished": False}
     data = {
-        "machine_info": {**expected["environment"], "ceilings": CEILINGS},
+        "machine_info": {
+            **expected["environment"], "ceilings": CEILINGS, "without_numbers": [failed],
+        },
         "commit_info": {}, "datetime": "2026", "version": "5",
         "benchmarks": [{"name": r["name"], "extra_info": r, "stats": {}} for r in records],
     }  # fmt: skip

@@ -107,6 +107,7 @@ def test_a_case_that_costs_the_gpu_its_context_is_kept(monkeypatch):
 
     monkeypatch.setattr(run.clock, "of", lambda device: None)
     monkeypatch.setattr(environment, "describe", lambda *_: {})
+    monkeypatch.setattr(environment, "clocks", lambda *_: {})
     monkeypatch.setattr(roofline, "measure", lambda *_: {})
     monkeypatch.setattr(run.measure, "measure", lambda *_: {"failed": "lost"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lost)

@@ -1,5 +1,6 @@
 """What a run has found so far: gpu.json and gpu.md, complete on disk after every part."""
 
+import datetime
 import json
 import os
 import tempfile
@@ -24,6 +25,7 @@ class Record:
     def __init__(self, folder: Path, data: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder.resolve()
+        _set_aside(self.folder)
         self._names = {str(self.folder): "OUT", str(ROOT): ".", str(Path.home()): "~"}
         self._names[tempfile.gettempdir()] = "TMP"
         self._names.pop("/", None)  # a home that is no folder of its own, as in some containers
@@ -76,6 +78,17 @@ class Record:
             for folder, name in self._names.items():
                 data = data.replace(folder, name)
         return data
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves what an earlier run left into a folder of its own, named by its time."""
+    left = [path for pattern in ("gpu.*", "bench[.-]*") for path in folder.glob(pattern)]
+    if left:
+        time = datetime.datetime.fromtimestamp(max(path.stat().st_mtime for path in left))
+        aside = folder / f"earlier-{time:%Y-%m-%dT%H-%M-%S}"
+        aside.mkdir(exist_ok=True)
+        for path in left:
+            path.rename(aside / path.name)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -18,8 +18,6 @@ def tune(run: Run, seconds: float) -> None:
 def bench(run: Run, seconds: float) -> None:
     """The quick benchmarks; their JSON grows case by case beside gpu.json, which then holds it."""
     path = run.record.folder / "bench.json"
-    for old in run.record.folder.glob("bench[.-]*"):  # of an earlier run, with its tables
-        old.unlink()
     words = ("bench", "--quick", "--json", str(path), "--limit", limit(seconds))
     run.python("bench", "bench", ("-m", "mmkernels", *words), seconds)
     found = parsed(path.read_text(encoding="utf-8") if path.exists() else "")
