@@ -67,7 +67,8 @@ def _forward(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         out = out if width == value_dim else out[..., :value_dim]
         return out.contiguous(), lse.contiguous()
     batch_size, seqlen_q, heads = q.shape[:3]
-    out = q.new_zeros((batch_size, seqlen_q, heads, value_dim))
+    shape = (batch_size, seqlen_q, heads, value_dim)
+    out = q.new_empty(shape) if work.covers else q.new_zeros(shape)
     lse = q.new_full((batch_size, heads, seqlen_q), -torch.inf, dtype=lse_dtype(q.dtype))
     for batch, block in work.blocks:
         block_out, block_lse = work.forward(batch, block, q, k, v)

@@ -5,8 +5,9 @@ last stride other than 1, for a row that sees no key, and if causal for a scale 
 D = Dv, multiplies NaN in a hidden value by 0, and loses NaN in a key if that is the only one.
 Callers give it non-empty inputs of one head dim (`widened`) and rows that see a key.
 
-Grouped heads cost no copy: a batch element's (Hkv, Hq / Hkv) are the batch and the heads of a call,
-and the keys are expanded with stride 0.
+Grouped heads cost no copy: the kernel packs a key head once for all query heads that read it. But
+it adds up their dk and dv in the dtype of k, so `backward` takes another way in 16 bit: a batch
+element's (Hkv, Hq / Hkv) are the batch and the heads of a call, keys expanded with stride 0.
 """
 
 import torch
@@ -22,7 +23,6 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Can `forward` and `backward` take these as they are?"""
     return (
         q.shape[3] == v.shape[3]
-        and (q.shape[2] == k.shape[2] or q.shape[0] == 1)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
         and q.numel() > 0
         and v.numel() > 0
@@ -42,25 +42,16 @@ def forward(
     """out (B, n, Hq, D) and lse (B, Hq, n) of q (B, n, Hq, D) over k, v (B, m, Hkv, D).
 
     Args:
-        q: B must be 1 where Hq != Hkv.
+        q: queries; Hq is a multiple of Hkv.
         k: keys.
         v: values.
         causal: row i sees the keys j <= i (top-left).
         mask: (1 or B, 1 or Hq, n, m), added to the scores; q's dtype or float32.
         softmax_scale: factor on q k^T.
     """
-    groups = q.shape[2] // k.shape[2]
-    if groups == 1:
-        out, lse = _forward(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            0.0, causal, attn_mask=mask, scale=softmax_scale,
-        )  # fmt: skip
-        return out.transpose(1, 2), lse
-    out, lse = _forward(
-        _split_heads(q, groups), _shared_heads(k, groups), _shared_heads(v, groups),
-        0.0, causal, attn_mask=_split_mask(mask, groups), scale=softmax_scale,
-    )  # fmt: skip
-    return _joined_heads(out), lse.flatten(0, 1)[None]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=softmax_scale)
+    return out.transpose(1, 2), lse
 
 
 def backward(
@@ -75,36 +66,45 @@ def backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the layouts of q, k, v; lse (B, Hq, n) may be that of more keys than these."""
-    groups = q.shape[2] // k.shape[2]
-    if groups == 1:
-        dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=softmax_scale)
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    if q.shape[2] != k.shape[2] and q.dtype.itemsize == 2:
+        masks = [None if mask is None else mask[b % len(mask)] for b in range(len(q))]
+        apart = [
+            _backward_by_head(
+                dout[b], q[b], k[b], v[b], out[b], lse[b], causal, masks[b], softmax_scale
+            )
+            for b in range(len(q))
+        ]
+        dq, dk, dv = (torch.stack(grads) for grads in zip(*apart, strict=True))
         return dq, dk, dv
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+    grads = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=softmax_scale)
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return dq, dk, dv
+
+
+def _backward_by_head(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` of one batch element, all without their B; a group's dk, dv add up in float32."""
+    groups = q.shape[1] // k.shape[1]
+    dout, q, out = (x.unflatten(1, (-1, groups)).permute(1, 2, 0, 3) for x in (dout, q, out))
+    k, v = (x.transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1) for x in (k, v))
+    lse = lse.unflatten(0, (-1, groups))
+    if mask is not None:
+        mask = mask[None] if mask.shape[0] == 1 else mask.unflatten(0, (-1, groups))
     dq, dk, dv = _backward(
-        _split_heads(dout, groups), _split_heads(q, groups), _shared_heads(k, groups),
-        _shared_heads(v, groups), _split_heads(out, groups), lse[0].unflatten(0, (-1, groups)),
-        0.0, causal, attn_mask=_split_mask(mask, groups), scale=softmax_scale,
-    )  # fmt: skip
-    dk, dv = (grad.sum(1).transpose(0, 1)[None] for grad in (dk, dv))
-    return _joined_heads(dq), dk, dv
-
-
-def _split_heads(x: Tensor, groups: int) -> Tensor:
-    """(1, n, Hq, D) -> (Hkv, groups, n, D)."""
-    return x[0].unflatten(1, (-1, groups)).permute(1, 2, 0, 3)
-
-
-def _joined_heads(x: Tensor) -> Tensor:
-    """(Hkv, groups, n, D) -> (1, n, Hq, D)."""
-    return x.permute(2, 0, 1, 3).flatten(1, 2)[None]
-
-
-def _shared_heads(x: Tensor, groups: int) -> Tensor:
-    """(1, m, Hkv, D) -> (Hkv, groups, m, D), every group reading the same memory."""
-    return x[0].transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
-
-
-def _split_mask(mask: Tensor | None, groups: int) -> Tensor | None:
-    """(1, 1 or Hq, n, m) -> (1 or Hkv, 1 or groups, n, m)."""
-    return mask if mask is None or mask.shape[1] == 1 else mask[0].unflatten(0, (-1, groups))
+        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=softmax_scale
+    )
+    return (
+        dq.permute(2, 0, 1, 3).flatten(1, 2),
+        dk.sum(1).transpose(0, 1),
+        dv.sum(1).transpose(0, 1),
+    )

@@ -28,6 +28,7 @@ class Work:
 
     Attributes:
         blocks: (batch elements, block) pairs; rows in no block see no key.
+        covers: every row of every batch element is in a block.
         whole: one block holds all rows of all batch elements.
         hides: some row may not see some key of its pieces.
     """
@@ -56,6 +57,8 @@ class Work:
         self.diagonal = k.shape[1] - q.shape[1]
         self.blocks = list(self._cut(q, k, v, start, end))
         everything = (slice(0, q.shape[0]), slice(0, q.shape[1]))
+        rows = sum((batch.stop - batch.start) * (b.r1 - b.r0) for batch, b in self.blocks)
+        self.covers = rows == q.shape[0] * q.shape[1]
         self.whole = len(self.blocks) == 1 and everything == (
             self.blocks[0][0],
             self.blocks[0][1].rows,
@@ -70,7 +73,7 @@ class Work:
         # The kernel's own causal mask is scaled: a scale below 0 turns its -inf into inf.
         tiled = self.careful or self.tensor_added or self.softmax_scale <= 0.0
         batches = [slice(0, q.shape[0])]
-        if q.shape[2] != k.shape[2] or (start is not None and start.shape[0] > 1):
+        if start is not None and start.shape[0] > 1:
             batches = [slice(b, b + 1) for b in range(q.shape[0])]
         if start is None or end is None:
             blocks = full_plan(q.shape[1], k.shape[1], tiled)
@@ -175,7 +178,8 @@ def _cut_out(x: Tensor, batch: slice, rows: slice) -> Tensor:
 
 def all_finite(x: Tensor) -> bool:
     """Is x finite? One pass over it; a finite x whose sum overflows only takes the slower way."""
-    return math.isfinite(float(x.sum(dtype=lse_dtype(x.dtype))))
+    # A sum in another dtype copies x first; only float16's own would overflow at ordinary values.
+    return math.isfinite(float(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None)))
 
 
 def _merged(results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
