@@ -6,18 +6,22 @@ import pytest
 import torch
 
 from mmkernels.bench import suite_overhead, suites
-from mmkernels.bench.case import OURS
+from mmkernels.bench.case import OURS, Unavailable
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = ("attention", "scaling", "decode", "overhead")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_smoke_test_runs(name):
-    for case in suites.cases([name], CPU, quick=True):
+@pytest.mark.parametrize("suite", NAMES)
+def test_a_smoke_test_runs(suite):
+    for case in suites.cases([suite], CPU, quick=True):
         problem = case.make()
-        for prepare in problem.implementations.values():
-            problem.check(prepare()())
+        for name, prepare in problem.implementations.items():
+            if name != "FlexAttention":
+                problem.check(prepare()())
+            else:
+                with pytest.raises(Unavailable, match="takes long to compile|no backward pass"):
+                    prepare()
         ours, *others = problem.implementations
         assert ours == OURS and not all(other.startswith(OURS) for other in others), str(case)
         rated = case.suite != "overhead"

@@ -196,7 +196,8 @@ def test_the_environment_is_shown():
     for text in (report.markdown(data, {}), report.text(data)):
         for fact in (
             "NVIDIA Fake 200, capability 9.0, 132 SMs, L2 50 MiB, 139 GiB, CUDA 13.0, driver 580.1",
-            "SM clock under load 1980 MHz, memory clock 3201 MHz", "a CPU, 2 cores (AVX2), 2 threads",
+            "SM clock under load 1980 MHz, memory clock 3201 MHz",
+            "a CPU, 2 cores (AVX2), 2 threads",
             "0.1.0 at 0123456, with uncommitted changes", "triton 3.8.0", "OMP_NUM_THREADS=2",
             "2026-11-29T10:00:00+00:00, seed 0", "`python -m mmkernels bench`",
             "float32 0.100 TFLOP/s, bfloat16 0.400 TFLOP/s, copy 10.0 GB/s",
