@@ -321,7 +321,7 @@ def test_tuned_configurations_stand_beside_the_tables(run):
     assert (
         "| forward 128 | BLOCK_M 64, BLOCK_N 64, num_warps 4, num_stages 2 | 2.000 ms "
         "| BLOCK_M 128, BLOCK_N 64, num_warps 4, num_stages 2 | 1.000 ms | 3 | 1 |"
-    ) in page.render(kept(run), run.record.folder)
+    ) in page.render(kept(run))
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def main(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> int
         signal.signal(number, lambda *_: run.runner.stop())
     execute(run, names, budget, STEPS)
     print(page.table(record.data["parts"]))
-    if lines := page.limiters(record.data, record.folder):
+    if lines := page.limiters(record.data):
         print("", *lines, sep="\n")
     print(f"written: gpu.json, gpu.md and gpu.log in {record.folder}")
     if run.runner.stopped:

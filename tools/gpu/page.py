@@ -1,18 +1,16 @@
 """gpu.md: what gpu.json says, for people."""
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 COUNTS = ("passed", "failed", "error", "died", "skipped", "cut off")
 
 
-def render(data: Mapping[str, Any], folder: Path) -> str:
+def render(data: Mapping[str, Any]) -> str:
     """The page.
 
     Args:
         data: of gpu.json.
-        folder: where bench.md lies, if the benchmarks have ended.
     """
     dry = " — DRY RUN: the CPU stood in for the GPU, nothing here is a result" * data["dry_run"]
     lines = [f"# make gpu, {data['environment']['device']}{dry}", ""]
@@ -20,7 +18,7 @@ def render(data: Mapping[str, Any], folder: Path) -> str:
         lines += ["Not finished: this page is as far as the run has come.", ""]
     for title, section in SECTIONS.items():
         try:
-            body = section(data, folder)
+            body = section(data)
         except Exception as error:  # a page must not end the run that it is about
             body = [f"This part of gpu.json could not be read: {type(error).__name__}: {error}"]
         if body:
@@ -56,7 +54,7 @@ def _cell(word: object) -> str:
     return " ".join(str(word).split()).replace("|", "\\|")
 
 
-def _environment(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _environment(data: Mapping[str, Any]) -> list[str]:
     rows = [(name, _flat(fact)) for name, fact in data["environment"].items() if fact]
     return _markdown(("", ""), [*rows, ("extension", data.get("extension", "not looked for"))])
 
@@ -67,13 +65,13 @@ def _flat(fact: object) -> object:
     return fact
 
 
-def _parts(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _parts(data: Mapping[str, Any]) -> list[str]:
     rows = [(part["step"], part["name"], *_row(part)) for part in data["parts"]]
     note = f"Of {data['total_seconds']} seconds. All output is in gpu.log."
     return [*_markdown(("step", "part", "status", "time", "tests, or the reason"), rows), "", note]
 
 
-def _failures(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _failures(data: Mapping[str, Any]) -> list[str]:
     lines = []
     for part in data["parts"]:
         for failure in part.get("failures", []):
@@ -81,7 +79,7 @@ def _failures(data: Mapping[str, Any], folder: Path) -> list[str]:
     return lines
 
 
-def _skips(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _skips(data: Mapping[str, Any]) -> list[str]:
     rows = [
         (part["name"], count, reason)
         for part in data["parts"]
@@ -90,7 +88,7 @@ def _skips(data: Mapping[str, Any], folder: Path) -> list[str]:
     return _markdown(("part", "tests", "reason"), rows) if rows else []
 
 
-def _doctor(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _doctor(data: Mapping[str, Any]) -> list[str]:
     if "doctor" not in data:
         return []
     if "samples" not in data["doctor"]:
@@ -105,7 +103,7 @@ def _doctor(data: Mapping[str, Any], folder: Path) -> list[str]:
     return _markdown(("inputs", "operation", "backend", "result", "errors, or why not"), rows)
 
 
-def _tune(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _tune(data: Mapping[str, Any]) -> list[str]:
     if "tune" not in data:
         return []
     if "problems" not in data["tune"]:
@@ -127,20 +125,17 @@ def _milliseconds(time: float | None) -> str:
     return "failed" if time is None else f"{time:.3f} ms"
 
 
-def _bench(data: Mapping[str, Any], folder: Path) -> list[str]:
+def _bench(data: Mapping[str, Any]) -> list[str]:
     if "bench" not in data:
         return []
-    if (path := folder / "bench.md").exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [f"##{line}" if line.startswith("#") else line for line in lines]
     if "records" not in data["bench"]:
         return [str(data["bench"])]
     from mmkernels.bench import report
 
-    return ["```text", report.text(data["bench"]), "```"]
+    return [report.markdown(data["bench"], {}, level=3)]
 
 
-def limiters(data: Mapping[str, Any], folder: Path) -> list[str]:
+def limiters(data: Mapping[str, Any]) -> list[str]:
     """What limits each kernel, by backend; nothing if that was not asked."""
     lines = []
     for backend, found in data.get("profile", {}).items():
@@ -163,7 +158,7 @@ def _figure(x: object) -> object:
     return f"{x:.1f}" if isinstance(x, float) else "" if x is None else x
 
 
-Section = Callable[[Mapping[str, Any], Path], list[str]]
+Section = Callable[[Mapping[str, Any]], list[str]]
 SECTIONS: dict[str, Section] = {
     "Environment": _environment,
     "Parts": _parts,

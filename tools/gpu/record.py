@@ -66,7 +66,7 @@ class Record:
         with self._lock:
             data = self.anonymous(self.data)
             _replace(self.folder / "gpu.json", json.dumps(data, indent=1) + "\n")
-            _replace(self.folder / "gpu.md", self.anonymous(page.render(data, self.folder)))
+            _replace(self.folder / "gpu.md", self.anonymous(page.render(data)))
 
     def anonymous(self, data: Any) -> Any:
         """The data without this machine's folders: OUT, ".", "~" and TMP stand for them."""

@@ -20,6 +20,9 @@ def bench(run: Run, seconds: float) -> None:
     path = run.record.folder / "bench.json"
     words = ("bench", "--quick", "--json", str(path), "--limit", limit(seconds))
     run.python("bench", "bench", ("-m", "mmkernels", *words), seconds)
+    for made in run.record.folder.glob("bench[.-]*"):  # tables and plots are made of it again
+        if made != path:
+            made.unlink()
     found = parsed(path.read_text(encoding="utf-8") if path.exists() else "")
     if "problem" not in found:  # it may be committed as it is
         found = run.record.anonymous(found)
