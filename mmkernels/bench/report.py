@@ -103,7 +103,7 @@ def markdown(
     parts += [f"{heading} Left out", table(header, lines)] if lines else []
     if data["not_reached"]:
         parts += [f"{heading} Not reached", "\n".join(f"- {x}" for x in data["not_reached"])]
-    parts += filter(None, [report_plots.why_not()])
+    parts += filter(None, [None if images else report_plots.why_not()])
     return "\n\n".join(parts) + "\n"
 
 
