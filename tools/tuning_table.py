@@ -74,7 +74,9 @@ def update(run: Any) -> Path:
     merged = {entry["problem"]: entry for entry in [*tuning_entries.read(file), *new]}
     file.parent.mkdir(exist_ok=True)
     table = {"gpu": gpu, "entries": [merged[name] for name in sorted(merged)]}
-    file.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
     return file
 
 

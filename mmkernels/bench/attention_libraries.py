@@ -5,8 +5,6 @@ in without it, packed; gathering the real tokens and putting them back is timed,
 keeps its padding pays for that in every layer.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from mmkernels.bench.attention_masks import starts
 from mmkernels.bench.attention_problem import Attention, AttentionProblem, Prepare
+from mmkernels.bench.calls import imported
 from mmkernels.bench.case import Unavailable
 
 # Packed (total, H, D) q, k, v -> out.
@@ -58,25 +57,24 @@ def _packed(packs: Packing, attention: PackedAttention) -> Attention:
     return lambda q, k, v: packs.scatter(attention(*(packs.gather(x) for x in (q, k, v))))
 
 
-def _library(name: str, problem: AttentionProblem) -> ModuleType:
+def _taking(name: str, problem: AttentionProblem) -> ModuleType:
     """The module of that name.
 
     Raises:
         Unavailable: it is not installed, or knows no such mask.
     """
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
-        raise Unavailable("not installed")
-    if not problem.mask.plain:
-        raise Unavailable(f"has no such mask: {problem.mask.name}")
     try:
-        return importlib.import_module(name)
+        module = imported(name)
     except ImportError as error:
         raise Unavailable(f"cannot be imported: {error}") from error
+    if not problem.mask.plain:
+        raise Unavailable(f"has no such mask: {problem.mask.name}")
+    return module
 
 
 def flash_attn(problem: AttentionProblem) -> Attention:
     """FlashAttention-2; its causal mask and window are aligned as ours."""
-    module = _library("flash_attn", problem)
+    module = _taking("flash_attn", problem)
     mask = problem.mask
     window = (-1, -1) if mask.window is None else (mask.window, 0)
     if not mask.lengths:
@@ -97,7 +95,7 @@ def varlen_attn(problem: AttentionProblem) -> Attention:
     mask = problem.mask
     if not mask.lengths:
         raise Unavailable("for packed sequences; this case has none")
-    module = _library("torch.nn.attention.varlen", problem)
+    module = _taking("torch.nn.attention.varlen", problem)
     packs = packing(problem)
     lengths = (packs.cu_seqlens, packs.cu_seqlens, packs.longest, packs.longest)
     window = (-1, 0) if mask.causal else (-1, -1)
@@ -117,7 +115,7 @@ def fmha(name: str) -> Prepare:
     """
 
     def prepare(problem: AttentionProblem) -> Attention:
-        module = _library(name, problem)
+        module = _taking(name, problem)
         mask, size, biases = problem.mask, problem.size, module.attn_bias
         group = size.heads // size.kv_heads
         bias = None

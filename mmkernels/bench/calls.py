@@ -1,8 +1,8 @@
 """What problems share: a pass with its gradients as a call, and the check of its results."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def on_backend(name: str, call: Call) -> Call:
     return asked
 
 
-def library(name: str) -> Any:
+def imported(name: str) -> Any:
     """A module of a library, imported.
 
     Problems ask when they are made: what an import takes does not belong to a first call.
@@ -60,9 +60,9 @@ def library(name: str) -> Any:
         Unavailable: the library is not installed.
     """
     package = name.partition(".")[0]
-    if find_spec(package) is None:
+    if importlib.util.find_spec(package) is None:
         raise Unavailable(f"{package} is not installed")
-    return import_module(name)
+    return importlib.import_module(name)
 
 
 def largest_error(names: Sequence[str], results: Results, exact: Results, eager: Results) -> float:

@@ -6,8 +6,6 @@ knows no lengths, it gets the caches up to the longest sequence and a mask that 
 clock starts.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -17,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mmkernels as mm
 from mmkernels.bench.attention_peers import eager_form
+from mmkernels.bench.calls import imported
 from mmkernels.bench.case import OURS, Call, Results, Unavailable
 from mmkernels.bench.compiling import compiled
 from mmkernels.bench.decode_problem import PAGE_SIZE, DecodeProblem
@@ -142,9 +141,7 @@ def flex(problem: DecodeProblem) -> Call:
 
 def flash_attn(problem: DecodeProblem) -> Call:
     """FlashAttention-2, which writes the new token itself."""
-    if importlib.util.find_spec("flash_attn") is None:
-        raise Unavailable("not installed")
-    function, p = importlib.import_module("flash_attn").flash_attn_with_kvcache, problem
+    function, p = imported("flash_attn").flash_attn_with_kvcache, problem
 
     def call() -> Results:
         out = function(
@@ -164,8 +161,7 @@ def flash_attn(problem: DecodeProblem) -> Call:
 
 def flashinfer(problem: DecodeProblem) -> Call:
     """FlashInfer over pages, planned before the clock starts, as one plan serves all layers."""
-    if importlib.util.find_spec("flashinfer") is None:
-        raise Unavailable("not installed")
+    library = imported("flashinfer")
     assert problem.block_table is not None
     size, device = problem.size, problem.device
     keys = problem.host_lengths + 1
@@ -173,9 +169,7 @@ def flashinfer(problem: DecodeProblem) -> Call:
     indptr = F.pad(pages.cumsum(0), (1, 0)).int()
     used = torch.arange(problem.block_table.shape[1]) < pages[:, None]
     workspace = torch.zeros(2**27, dtype=torch.uint8, device=device)
-    wrapper = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=True
-    )
+    wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     wrapper.plan(
         indptr.to(device),
         problem.block_table[used.to(device)],

@@ -6,30 +6,24 @@ stay, so that every call does the same.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import mmkernels as mm
 from mmkernels import testing
+from mmkernels.bench.attention_problem import Size
 from mmkernels.bench.case import SEED, Call, Results
 
 # What FlashAttention-2 needs pages to be a multiple of; any size does for us.
 PAGE_SIZE = 256
 
 
-class CacheSize(NamedTuple):
+class CacheSize(Size):
     """Of a batch and its caches: the longest sequence has `seqlen` keys, the new one included.
 
     The others have from a quarter of that on.
     """
-
-    batch: int
-    seqlen: int
-    heads: int
-    kv_heads: int
-    head_dim: int
 
     def __str__(self) -> str:
         least = f"{self.seqlen // 4}–" if self.batch > 1 else ""

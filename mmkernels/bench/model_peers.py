@@ -4,8 +4,6 @@ A copy has modules and a config of its own, so changing one leaves the others as
 """
 
 import copy
-import importlib
-import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 import mmkernels as mm
+from mmkernels.bench.calls import imported
 from mmkernels.bench.case import Unavailable
 
 
@@ -67,8 +66,7 @@ def flash_attention_2(model: nn.Module) -> Any:
         raise Unavailable("takes float16 and bfloat16 only")
     if not hasattr(model, "set_attn_implementation"):
         raise Unavailable("is an implementation of transformers; the model is of another library")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise Unavailable("flash_attn is not installed")
+    imported("flash_attn")
     flash = with_same_weights(model)
     flash.set_attn_implementation("flash_attention_2")
     return flash
@@ -85,11 +83,7 @@ def liger(model: nn.Module) -> tuple[Any, Callable[[], Any]]:
     """
     if not on_gpu(model):
         raise Unavailable("runs on GPUs only")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("liger_kernel is not installed")
-    known = importlib.import_module(
-        "liger_kernel.transformers.monkey_patch"
-    ).MODEL_TYPE_TO_APPLY_LIGER_FN
+    known = imported("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
 
     ours = with_same_weights(model)
     part = getattr(ours, "language_model", ours)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmkernels.bench.calls import imported
 from mmkernels.bench.case import SEED, Results, Unavailable
 
 
@@ -58,10 +59,7 @@ def timm_vit(size: Vision, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         Unavailable: timm is not installed.
     """
-    if importlib.util.find_spec("timm") is None:
-        raise Unavailable("timm is not installed")
-    import timm
-
+    timm = imported("timm")
     with torch.random.fork_rng(), device:
         torch.manual_seed(SEED)
         model = timm.create_model(
@@ -161,10 +159,7 @@ def decode_forward(model: Any, input_ids: Tensor, past_key_values: Any) -> Resul
 
 
 def _transformers() -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        raise Unavailable("transformers is not installed")
-    import transformers
-
+    transformers = imported("transformers")
     if int(transformers.__version__.split(".")[0]) < 5:
         raise Unavailable(f"needs transformers 5 or newer; {transformers.__version__} is installed")
     return transformers

@@ -57,7 +57,7 @@ class Front(nn.Module):
 
 def timm(shape: Shape) -> Peer:
     """timm's PatchEmbed."""
-    module = calls.library("timm.layers").PatchEmbed(
+    module = calls.imported("timm.layers").PatchEmbed(
         shape.size, shape.kernel[0], shape.channels, shape.dim, bias=shape.bias
     )
     return Peer(module, {name: name for name in PROJ})
@@ -107,8 +107,8 @@ def ast(shape: Shape) -> Peer:
 
 def _transformers(model: str, config: str, module: str, shape: Shape, **options: int) -> nn.Module:
     name = f"transformers.models.{model}"
-    settings = getattr(calls.library(name), config)(
+    settings = getattr(calls.imported(name), config)(
         hidden_size=shape.dim, num_attention_heads=1, image_size=shape.size[-1],
         patch_size=shape.kernel[-1], **options,
     )  # fmt: skip
-    return getattr(calls.library(f"{name}.modeling_{model}"), module)(settings)
+    return getattr(calls.imported(f"{name}.modeling_{model}"), module)(settings)

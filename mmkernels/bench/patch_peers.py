@@ -52,7 +52,7 @@ def timm(pixels: Tensor, weight: nn.Parameter, bias: nn.Parameter | None = None)
     Raises:
         Unavailable: timm is not installed.
     """
-    layers = calls.library("timm.layers")
+    layers = calls.imported("timm.layers")
     dim, channels, edge, _ = weight.shape
     with torch.device("meta"):
         module = layers.PatchEmbed(pixels.shape[2:], edge, channels, dim, bias=bias is not None)

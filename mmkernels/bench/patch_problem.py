@@ -159,7 +159,7 @@ class PatchProblem:
         self.flops: float | None = product * (2 if backward else 1)
         self.bytes: float | None = self._bytes(rows)
         with contextlib.suppress(Unavailable):
-            calls.library("timm.layers")
+            calls.imported("timm.layers")
         self.implementations = self._implementations(device, compiles)
 
     def _bytes(self, rows: int) -> float:

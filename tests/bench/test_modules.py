@@ -1,10 +1,12 @@
 """Does the suite of modules compare the same parameters, and see a wrong result?"""
 
+import importlib.util
+
 import pytest
 import torch
 
 from mmkernels import modules
-from mmkernels.bench import calls, measure, module_settings, suite_modules
+from mmkernels.bench import measure, module_settings, suite_modules
 from mmkernels.bench.case import OURS, Unavailable
 from mmkernels.bench.clock import HostClock, Turns
 from mmkernels.bench.module_problem import ModuleProblem
@@ -133,7 +135,7 @@ def test_a_backend_that_declines_is_left_out_with_its_reason(name):
 
 def test_a_library_that_is_not_there_or_broken_is_left_out_alone(monkeypatch):
     of = model("CLIP-L/14 336").quick()
-    monkeypatch.setattr(calls, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     this = problem(of)
     with pytest.raises(Unavailable, match=r"^transformers is not installed$"):
         this.implementations["transformers"]()

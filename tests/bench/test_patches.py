@@ -1,10 +1,12 @@
 """Does the suite of patch embeddings compare what it says, and see a wrong result?"""
 
+import importlib.util
+
 import pytest
 import torch
 
 from mmkernels import testing
-from mmkernels.bench import calls, measure, suite_patches
+from mmkernels.bench import measure, suite_patches
 from mmkernels.bench.case import OURS, Unavailable
 from mmkernels.bench.clock import HostClock, Turns
 from mmkernels.bench.patch_problem import PatchProblem, Shape
@@ -131,7 +133,7 @@ def test_peers_take_what_they_can(change, left_out):
 
 
 def test_timm_is_left_out_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr(calls, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert every(problem())[1]["timm"] == "timm is not installed"
 
 

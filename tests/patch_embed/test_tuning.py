@@ -120,10 +120,12 @@ def test_an_override_of_the_forward_pass_is_of_any_tile():
 
 
 def test_the_files_are_read_once(monkeypatch):
+    read, files = tuning_entries.read, []
+    monkeypatch.setattr(tuning_entries, "read", lambda file: files.append(file) or read(file))
     triton_config.forward(FORWARD, ROWS, DIM, H100)
-    monkeypatch.setattr(tuning_entries, "read", lambda file: pytest.fail("read again"))
     triton_config.forward(FORWARD, 197, DIM, H100)
     tuning_choice.configuration(WEIGHT, H100)
+    assert len(files) == len(set(files)) == 2, "the user's and the one that ships"
 
 
 @pytest.mark.compiled

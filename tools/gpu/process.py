@@ -88,12 +88,13 @@ class Runner:
             _signal(process, signal.SIGINT)
             _ends(process, GRACE)
         _signal(process, signal.SIGKILL)  # what it has started and left behind, too
-        process.wait()
+        ended = _ends(process, GRACE)  # one that hangs in the driver does not end even so
         for reader in readers:
             reader.join(GRACE)
         with self._lock:
             self._live.discard(process)
-        return Done(process.returncode, timed_out, time.monotonic() - began, "".join(printed))
+        code = process.returncode if ended else -signal.SIGKILL
+        return Done(code, timed_out, time.monotonic() - began, "".join(printed))
 
     def stop(self) -> None:
         """Ends all that runs; what is begun later ends at once. A signal handler may call it."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tools.gpu import outcomes
 from tools.gpu.plan import LEAST
+from tools.gpu.process import ROOT
 from tools.gpu.run import Run, tool
 
 
@@ -138,8 +139,9 @@ def _job(
     run: Run, step: str, job: Job, path: Path, deadline: float, test_seconds: float | None
 ) -> None:
     """One job; where a test has killed its process, or its GPU context, those behind it as well."""
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", job.marks)
-    pytest += ("-k", job.keywords, job.path)
+    # Else pytest may take another folder once the file of outcomes is there, and rename the tests.
+    pytest = ("-m", "pytest", "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider")
+    pytest += ("-m", job.marks, "-k", job.keywords, job.path)
     words = (*pytest, "-p", "tools.gpu.outcomes", "--outcomes", str(path))
     if test_seconds is not None:
         words += ("--test-seconds", str(test_seconds))
