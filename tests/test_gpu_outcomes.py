@@ -62,7 +62,7 @@ def test_tests_go_on_behind_one_that_kills_the_process(run, tmp_path):
     assert "not equal" in messages["test_c"] and "when taken down" in messages["test_e"]
     assert part["skips"] == {"no such thing": 1}
     page = (run.record.folder / "gpu.md").read_text()
-    assert "test_it.py::test_c`" in page and "| it | 1 | no such thing |" in page
+    assert "::test_c`" in page and "| it | 1 | no such thing |" in page
 
 
 def test_a_test_that_hangs_ends_after_its_time_and_says_where(run, tmp_path):

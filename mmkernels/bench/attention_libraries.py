@@ -63,13 +63,12 @@ def _taking(name: str, problem: AttentionProblem) -> ModuleType:
     Raises:
         Unavailable: it is not installed, or knows no such mask.
     """
-    try:
-        module = imported(name)
-    except ImportError as error:
-        raise Unavailable(f"cannot be imported: {error}") from error
     if not problem.mask.plain:
         raise Unavailable(f"has no such mask: {problem.mask.name}")
-    return module
+    try:
+        return imported(name)
+    except ImportError as error:
+        raise Unavailable(f"cannot be imported: {error}") from error
 
 
 def flash_attn(problem: AttentionProblem) -> Attention:

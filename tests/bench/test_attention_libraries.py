@@ -172,7 +172,7 @@ def test_why_a_library_takes_no_part(library, monkeypatch):
     prefix_lm = "PaliGemma 3B 448"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unavailable, match=r"^\w+ is not installed$"):
-        solve(library, prefix_lm)
+        solve(library, "Qwen2.5-7B")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found")
     with pytest.raises(Unavailable, match=r"^has no such mask: prefix-LM 40$"):
         solve(library, prefix_lm)
