@@ -104,7 +104,8 @@ def backward(
     plain = dlse is start is bias is alibi_slopes is sinks is None
     if plain and cpu_flash.serves(q, k, v) and dout.stride(-1) == 1:
         dq, dk, dv = cpu_flash.backward(dout, q, k, v, out, lse, False, None, softmax_scale)
-        return dq.contiguous(), dk.contiguous(), dv.contiguous(), none, none
+        dq, dk, dv = (grad.to(q.dtype).contiguous() for grad in (dq, dk, dv))
+        return dq, dk, dv, none, none
     work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale)
     if work.hides and not (all_finite(k) and all_finite(v)):
         work = Work(q, k, v, start, end, bias, alibi_slopes, softmax_scale, careful=True)
@@ -117,7 +118,7 @@ def backward(
         sink_weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
         dsinks = -(sink_weight * delta).sum((0, 2)).to(sinks.dtype)
     dims, dtype = (q.shape[-1], k.shape[-1], v.shape[-1]), q.dtype
-    if dlse is not None and dtype.itemsize == 2:  # float16 may not hold dlse
+    if dtype.itemsize == 2 and dlse is not None:  # float16 may not hold dlse
         q, k, v, out, dout = (x.to(lse.dtype) for x in (q, k, v, out, dout))
     width = max(dims) + (dlse is not None)
     q, k, v, out, dout = (widened(x, width) for x in (q, k, v, out, dout))

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from mmkernels._core.ops import lse_dtype
 from mmkernels.attention import cpu_flash, reference
-from mmkernels.attention.plan import Block, Piece, full_plan, plan
+from mmkernels.attention.plan import (
+    TILE_KEYS,
+    TILE_ROWS,
+    Block,
+    Piece,
+    full_plan,
+    plan,
+    shared_plan,
+)
 
 
 class Work:
@@ -81,6 +89,13 @@ class Work:
             return
         # Bounds are data, which may have changed since they were checked.
         start, end = (bound.clamp(0, k.shape[1]) for bound in (start, end))
+        # A single row's piece is exactly its keys: past them, a cache may hold NaN.
+        short = q.shape[1] > 1 and 2 * q.shape[1] * k.shape[1] <= TILE_ROWS * TILE_KEYS
+        if start.shape[0] > 1 and short and not tiled:
+            shared = shared_plan(start, end)
+            if shared is not None:
+                yield from shared
+                return
         for batch in batches:
             row = batch.start if start.shape[0] > 1 else 0
             yield from ((batch, block) for block in plan(start[row], end[row], tiled))
@@ -95,7 +110,12 @@ class Work:
             added = self._added(batch, block, piece)
             keys, values = (_cut_out(x, batch, piece.keys) for x in (k, v))
             results.append(self._forward_piece(piece, added, q, keys, values))
-        return results[0] if len(results) == 1 else _merged(results)
+        out, lse = results[0] if len(results) == 1 else _merged(results)
+        if block.empty is not None:
+            empty = torch.from_numpy(block.empty)
+            out = out.masked_fill(empty[..., None, None], 0.0)
+            lse = lse.masked_fill(empty[:, None], -torch.inf)
+        return out, lse
 
     def backward(
         self,
@@ -115,6 +135,9 @@ class Work:
         k, v = (_cut_out(x, batch, piece.keys) for x in (k, v))
         if not self.whole:
             lse = lse[batch, :, block.rows]
+        if block.empty is not None:  # 0 * NaN
+            empty = torch.from_numpy(block.empty)[..., None, None]
+            dout, q = dout.masked_fill(empty, 0.0), q.masked_fill(empty, 0.0)
         scale = self.softmax_scale
         if self.careful:
             return reference.backward(
@@ -159,12 +182,13 @@ class Work:
         if piece.bounds is None:
             return added
         if added is not None:
-            return added.masked_fill(piece.hidden(), -torch.inf)
+            return added.masked_fill(piece.hidden()[:, None], -torch.inf)
         # The tiles of a window differ in their place alone, so the last mask often serves again.
         key = (piece.k1 - piece.k0, *(bound.tobytes() for bound in piece.bounds))
         if self._last_mask is None or self._last_mask[0] != key:
-            mask = torch.zeros(piece.shape(block), dtype=self.dtype)
-            self._last_mask = (key, mask.masked_fill_(piece.hidden(), -torch.inf)[None, None])
+            hidden = piece.hidden()[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self.dtype)
+            self._last_mask = (key, mask.masked_fill_(hidden, -torch.inf))
         return self._last_mask[1]
 
 

@@ -4,11 +4,12 @@ A block of rows is served by pieces, each a run of keys: seen by all its rows ("
 diagonal ("causal", top-left), or through a small mask. Long runs of rows with equal bounds, or with
 a constant start and an end that grows by one, become a block of one or two pieces; the rest goes in
 tiles of at most `TILE_ROWS` rows. In every piece every row sees at least one key, since that kernel
-returns garbage for a row that sees none.
+returns garbage for a row that sees none. Short batch elements share blocks, which name such rows.
 """
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,10 +19,12 @@ from torch import Tensor
 TILE_ROWS = 128
 TILE_KEYS = 1024  # a mask is never larger than TILE_ROWS x TILE_KEYS
 LONG_RUN = 64  # rows; below this a run is not worth a kernel call of its own
+SHARED_ROWS = 64  # what torch's kernel takes at a time: its causal mask skips no more than this
+CALL = 2048  # hidden (row, key) pairs that cost about what a kernel call costs
 
 
 class Piece(NamedTuple):
-    """Keys [k0, k1) of a block; `bounds` (start, end - k0 per row) where a mask is needed."""
+    """Keys [k0, k1) of a block; `bounds`, (1 or b, rows) less k0, where a mask is needed."""
 
     k0: int
     k1: int
@@ -38,19 +41,24 @@ class Piece(NamedTuple):
         return block.r1 - block.r0, self.k1 - self.k0
 
     def hidden(self) -> Tensor:
-        """(rows, keys) bool, True where a row must not see a key."""
+        """(1 or b, rows, keys) bool, True where a row must not see a key."""
         assert self.bounds is not None
-        start, end = (torch.from_numpy(bound)[:, None] for bound in self.bounds)
+        start, end = (torch.from_numpy(bound)[..., None] for bound in self.bounds)
         keys = torch.arange(self.k1 - self.k0)
         return (keys < start) | (keys >= end)
 
 
 class Block(NamedTuple):
-    """Rows [r0, r1) and the pieces that serve them."""
+    """Rows [r0, r1) and the pieces that serve them.
+
+    `empty`, (b, rows) bool, tells which rows see no key, where some do: what the kernel returns
+    for them is to be thrown away.
+    """
 
     r0: int
     r1: int
     pieces: tuple[Piece, ...]
+    empty: np.ndarray | None = None
 
     @property
     def rows(self) -> slice:
@@ -70,6 +78,48 @@ def plan(start: Tensor, end: Tensor, tiled: bool) -> tuple[Block, ...]:
         k0, k1 = int(start), int(end)
         return (Block(0, 1, (Piece(k0, k1),)),) if k1 > k0 else ()
     return _plan(start.numpy().tobytes(), end.numpy().tobytes(), tiled)
+
+
+def shared_plan(start: Tensor, end: Tensor) -> tuple[tuple[slice, Block], ...] | None:
+    """Blocks of many batch elements each, for bounds (B, Sq) int32 of short sequences.
+
+    A block has one piece, whose mask holds the bounds of all its batch elements, and is no larger
+    than any other.
+
+    Returns:
+        (batch elements, block) pairs; None where a plan for each batch element is cheaper.
+    """
+    return _shared_plan(start.numpy().tobytes(), end.numpy().tobytes(), start.shape[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_plan(
+    start_bytes: bytes, end_bytes: bytes, batch_size: int
+) -> tuple[tuple[slice, Block], ...] | None:
+    starts, ends = (
+        np.frombuffer(x, np.int32).reshape(batch_size, -1) for x in (start_bytes, end_bytes)
+    )
+    blocks = []
+    wanted = spent = 0
+    for r0 in range(0, starts.shape[1], SHARED_ROWS):
+        start, end = starts[:, r0 : r0 + SHARED_ROWS], ends[:, r0 : r0 + SHARED_ROWS]
+        rows, empty = start.shape[1], start >= end
+        first = np.where(empty, np.iinfo(np.int32).max, start).min(1)
+        last = end.max(1)
+        k0, k1 = int(first.min()), int(last.max())
+        if k0 >= k1:
+            continue
+        together = TILE_ROWS * TILE_KEYS // (rows * (k1 - k0))
+        if together < 2:
+            return None
+        wanted += rows * int(np.maximum(last - first, 0).sum())
+        spent += rows * (k1 - k0) * batch_size
+        for b in range(0, batch_size, together):
+            batch = slice(b, min(b + together, batch_size))
+            piece = Piece(k0, k1, bounds=(start[batch] - k0, end[batch] - k0))
+            lost = empty[batch] if empty[batch].any() else None
+            blocks.append((batch, Block(r0, r0 + rows, (piece,), lost)))
+    return tuple(blocks) if spent <= 2 * wanted + CALL * batch_size else None
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,9 +193,22 @@ def _tiles(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
     return [
         block
         for above, below in itertools.pairwise(edges)
-        for a in range(above + 1, below, TILE_ROWS)
-        for block in _tile(start, end, a, min(a + TILE_ROWS, below))
+        for a, b in _cut_rows(start, end, above + 1, below)
+        for block in _tile(start, end, a, b)
     ]
+
+
+def _cut_rows(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> Iterator[tuple[int, int]]:
+    """Tiles of [r0, r1); between documents where that leaves half a tile: fewer hidden pairs."""
+    while r0 < r1:
+        cut = min(r0 + TILE_ROWS, r1)
+        if cut < r1:
+            rows = slice(r0 + TILE_ROWS // 2, cut + 1)
+            before = np.maximum.accumulate(end[r0:cut])[TILE_ROWS // 2 - 1 :]
+            between = np.flatnonzero(start[rows] >= before)
+            cut = rows.start + int(between[-1]) if len(between) else cut
+        yield r0, cut
+        r0 = cut
 
 
 def _tile(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
@@ -155,7 +218,7 @@ def _tile(start: np.ndarray, end: np.ndarray, r0: int, r1: int) -> list[Block]:
     inner_hi, hi = int(end[rows].min()), int(end[rows].max())
 
     def masked(k0: int, k1: int) -> Piece:
-        return Piece(k0, k1, bounds=(start[rows] - k0, end[rows] - k0))
+        return Piece(k0, k1, bounds=(start[None, rows] - k0, end[None, rows] - k0))
 
     if lo == inner_lo and hi == inner_hi:
         return [Block(r0, r1, (Piece(lo, hi),))]

@@ -25,8 +25,8 @@ def shown_by(piece: plan.Piece, block: plan.Block) -> np.ndarray:
     if piece.bounds is not None:
         assert rows <= plan.TILE_ROWS and keys <= plan.TILE_KEYS
         hidden = piece.hidden().numpy()
-        assert hidden.shape == (rows, keys)
-        return ~hidden
+        assert hidden.shape == (1, rows, keys)
+        return ~hidden[0]
     return np.ones((rows, keys), dtype=bool)
 
 
@@ -231,6 +231,16 @@ def test_a_window_costs_what_its_keys_cost():
     blocks = plan.plan(mask.start[0], mask.end[0], False)
     cells = sum(np.prod(piece.shape(block)) for block in blocks for piece in block.pieces)
     assert cells <= 3 * int(mask.to_dense().sum())
+
+
+def test_tiles_end_where_short_documents_do():
+    lengths = torch.tensor([48, 30, 61, 9, 50, 40] * 20)
+    edges = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    mask = masks.packed(edges, causal=True)
+    blocks = plan.plan(mask.start[0], mask.end[0], False)
+    assert {block.r0 for block in blocks} <= set(edges.tolist())
+    cells = sum(np.prod(piece.shape(block)) for block in blocks for piece in block.pieces)
+    assert cells <= plan.TILE_ROWS * int(lengths.sum())
 
 
 def test_bounds_that_are_not_contiguous():
