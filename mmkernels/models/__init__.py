@@ -1,0 +1,1 @@
+"""The reference multimodal transformer: text, images and sound, in and out."""
