@@ -1,0 +1,106 @@
+"""`python -m mmkernels train`: the reference model, from nothing to a table of what it can do."""
+
+import argparse
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+NEEDS = {
+    "tokenizers": "tokenizers",
+    "safetensors": "safetensors",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "tqdm": "tqdm",
+    "matplotlib": "matplotlib",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, evaluates and reports.
+
+    Args:
+        argv: the arguments after `train`; None: those of the process.
+
+    Returns:
+        0, or 2 where an argument is wrong.
+
+    Raises:
+        ModuleNotFoundError: a package is missing; the message names all that are.
+    """
+    parser = argparse.ArgumentParser(prog="python -m mmkernels train", description=__doc__)
+    parser.add_argument("--preset", choices=("tiny", "smol"), default="tiny", help="(tiny)")
+    parser.add_argument("--quick", action="store_true", help="a few minutes: better than chance")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/PRESET)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        default=os.environ.get("MMKERNELS_DATA") or None,
+        help="a folder with fsdd/recordings and tinyshakespeare/input.txt ($MMKERNELS_DATA)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all chance (0)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    options = parser.parse_args(argv)
+    require(NEEDS, "training")
+    # Without it cuBLAS is not deterministic; it is read at the first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    import torch
+
+    from mmkernels.training import recipes, report, run
+
+    recipe = (recipes.QUICK if options.quick else recipes.FULL)[options.preset]
+    out = options.out or Path("runs") / (options.preset + ("-quick" if options.quick else ""))
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and there == "cpu":
+        parser.error("--device is cuda, but torch sees no GPU; give --device cpu")
+    device = torch.device(options.device or there)
+    # A polite end, too, leaves a checkpoint.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        model, banks = run.train(
+            recipe,
+            out,
+            data=options.data,
+            seed=options.seed,
+            device=device,
+            dtype=options.dtype,
+            resume=options.resume,
+        )
+    except ValueError as error:
+        print(f"mmkernels train: {error}", file=sys.stderr)
+        return 2
+    print(report.write(out, recipe, model, banks, device=device, command=_command(options)))
+    print(f"\n{out / 'report.md'} tells the whole story; chat with it:")
+    print(f"python -m mmkernels chat --model {out / 'model'}")
+    return 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What makes this run again; where it lay, and whether it was resumed, changes nothing."""
+    parts = [f"python -m mmkernels train --preset {options.preset}"]
+    parts += ["--quick"] if options.quick else []
+    parts += ["--data DIR"] if options.data is not None else []
+    parts += [f"--seed {options.seed}"] if options.seed else []
+    parts += [f"--device {options.device}"] if options.device else []
+    parts += [f"--dtype {options.dtype}"] if options.dtype != "auto" else []
+    return " ".join(parts)
+
+
+def require(needs: dict[str, str], what: str) -> None:
+    """Raises with the commands that install what is missing.
+
+    Args:
+        needs: module -> package.
+        what: needs them.
+    """
+    missing = [package for name, package in needs.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"{what} needs packages that are not installed: pip install {' '.join(missing)}"
+        )
