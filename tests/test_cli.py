@@ -38,10 +38,10 @@ def test_a_verb_gets_its_arguments_and_gives_the_exit_code(argv, call, code, cal
 
 def test_unknown_verb_names_the_known_ones(calls, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["train"])
+        cli.main(["teach"])
     assert exit.value.code == 2
     message = capsys.readouterr().err
-    assert "train" in message
+    assert "teach" in message
     assert all(verb in message for verb in cli.VERBS)
     assert calls == []
 
@@ -97,5 +97,5 @@ def test_the_process_exits_with_the_code():
     version = [sys.executable, "-m", "mmkernels", "--version"]
     done = subprocess.run(version, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, f"mmkernels {mmkernels.__version__}\n")
-    unknown = [sys.executable, "-m", "mmkernels", "train"]
+    unknown = [sys.executable, "-m", "mmkernels", "teach"]
     assert subprocess.run(unknown, capture_output=True, timeout=120).returncode == 2

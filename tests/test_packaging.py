@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 import mmkernels
 from tests.distributions import DESCRIPTION, PIP, ROOT, build_sdist, contents, run, sources
 
-EXTRAS = {"triton", "transformers", "models", "serve", "bench", "dev"}
+EXTRAS = {"triton", "transformers", "models", "train", "serve", "bench", "dev"}
 
 if not (ROOT / "pyproject.toml").exists():
     pytest.skip("mmkernels is not imported from a source tree", allow_module_level=True)

@@ -19,7 +19,7 @@ from tools.generated import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Libraries that a block may need and a machine may lack.
-OPTIONAL = {"transformers", "timm", "sklearn"}
+OPTIONAL = {"transformers", "timm", "sklearn", "tokenizers", "safetensors", "PIL"}
 CHEAP = {"python -m mmkernels"}  # commands that are run here
 
 
