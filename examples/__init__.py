@@ -1,0 +1,1 @@
+"""Three conversations with the reference model."""
