@@ -5,6 +5,7 @@ import importlib.util
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 NEEDS = {
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of all chance (0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step (1)")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="less memory for more computing"
+    )
     options = parser.parse_args(argv)
     require(NEEDS, "training")
     # Without it cuBLAS is not deterministic; it is read at the first call.
@@ -54,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     from mmkernels.training import recipes, report, run
 
     recipe = (recipes.QUICK if options.quick else recipes.FULL)[options.preset]
+    if options.accumulate < 1:
+        parser.error(f"--accumulate is {options.accumulate}; it must be 1 or more")
+    recipe = replace(recipe, accumulate=options.accumulate, checkpointing=options.checkpointing)
     out = options.out or Path("runs") / (options.preset + ("-quick" if options.quick else ""))
     there = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and there == "cpu":
@@ -89,6 +97,8 @@ def _command(options: argparse.Namespace) -> str:
     parts += [f"--seed {options.seed}"] if options.seed else []
     parts += [f"--device {options.device}"] if options.device else []
     parts += [f"--dtype {options.dtype}"] if options.dtype != "auto" else []
+    parts += [f"--accumulate {options.accumulate}"] if options.accumulate > 1 else []
+    parts += ["--checkpointing"] if options.checkpointing else []
     return " ".join(parts)
 
 

@@ -29,6 +29,8 @@ class Recipe:
         shares: task -> its share of the conversations.
         evaluated: questions of each task in the evaluation.
         vocabulary: text ids to learn.
+        accumulate: micro-batches of a step, each with so many documents or questions.
+        checkpointing: compute the decoder's layers again in the backward pass, to save memory.
     """
 
     preset: str
@@ -44,6 +46,8 @@ class Recipe:
     shares: Mapping[str, float] = field(default_factory=lambda: dict(SHARES))
     evaluated: int = 400
     vocabulary: int = 1024
+    accumulate: int = 1
+    checkpointing: bool = False
 
 
 TINY = Recipe("tiny")

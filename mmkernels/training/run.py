@@ -81,7 +81,7 @@ def train(
     try:
         model = _start(recipe, out, images["train"], banks["train"], data, seed)
         stages = _stages(recipe, model, images["train"], banks["train"], data, seed)
-        model.to(device)
+        model.to(device).checkpointing = recipe.checkpointing
         dtype = settings["dtype"]
         trainer = Trainer(model, stages, Settings(out, device, DTYPES[dtype], ceilings[dtype]))
         trainer.resume()
@@ -255,4 +255,4 @@ def _stages(
     stages.append(
         Stage("finetune", recipe.finetune_steps, questions, recipe.finetune_rate, warmup=30)
     )
-    return stages
+    return [replace(stage, accumulate=recipe.accumulate) for stage in stages]

@@ -220,6 +220,23 @@ def test_resuming_what_has_ended_changes_no_model(whole, capsys):
     assert "the table" in out and f"chat --model {whole / 'model'}" in out
 
 
+def test_micro_batches_and_checkpointing(whole, tmp_path):
+    assert train(tmp_path / "less", "--dtype", "float32", "--checkpointing") == 0
+    wanted = [loss for _, _, loss in losses(whole)]
+    assert [loss for _, _, loss in losses(tmp_path / "less")] == pytest.approx(wanted, rel=1e-4)
+    assert train(tmp_path / "more", "--dtype", "float32", "--accumulate", "2") == 0
+    alone, two = (
+        sum(line["tokens"] for line in read_log(out)) for out in (whole, tmp_path / "more")
+    )
+    assert two > 1.5 * alone
+
+
+def test_no_micro_batch_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--accumulate", "0")
+    assert "--accumulate is 0; it must be 1 or more" in capsys.readouterr().err
+
+
 def test_another_seed_is_another_run(whole, tmp_path):
     assert train(tmp_path / "run", "--dtype", "float32", "--seed", "1") == 0
     ours, theirs = losses(tmp_path / "run"), losses(whole)
