@@ -6,12 +6,13 @@ needs no network.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from mmkernels._core.packages import require
 
 # What to import -> what to install.
 NEEDS = {
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="short texts, one round: a smoke test")
     options = parser.parse_args(argv)
-    _require(NEEDS)
+    require(NEEDS, "the demo")
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on the disk
 
     from mmkernels._core.markdown import aligned_table
@@ -76,10 +77,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FAILED: {failure}", file=sys.stderr)
     print(f"\n{path} tells the whole story.")
     return 1 if failures else 0
-
-
-def _require(needs: dict[str, str]) -> None:
-    missing = [package for name, package in needs.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        commands = " && ".join(f"pip install {package}" for package in missing)
-        raise ModuleNotFoundError(f"the demo needs packages that are not installed: {commands}")

@@ -221,7 +221,7 @@ class MultimodalModel(nn.Module):
         return {name: x for name, x in self.state_dict().items() if name not in backbone}
 
     def load_own_weights(self, weights: dict[str, Tensor]) -> None:
-        """Takes what `own_weights` gave.
+        """Takes weights that `own_weights` gave.
 
         Raises:
             RuntimeError: names or shapes differ.

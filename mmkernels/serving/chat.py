@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmkernels.serving.load import NEEDS, require
+from mmkernels._core.packages import require
+from mmkernels.serving.load import NEEDS
 
 HELP = """\
 /image FILE   attach a picture to the next question

@@ -1,9 +1,8 @@
 """Models by name or folder, and what they need."""
 
-import importlib.util
 from pathlib import Path
 
-from mmkernels.models.checkpoint import MANIFEST
+from mmkernels.models.checkpoint import MANIFEST, where
 from mmkernels.models.multimodal import MultimodalModel
 from mmkernels.models.trained import TINY
 
@@ -28,7 +27,7 @@ def open_model(model: str | Path | None = None) -> tuple[str, MultimodalModel]:
     name = str(model or DEFAULT)
     shipped = CHECKPOINTS / name
     folder = shipped if (shipped / MANIFEST).is_file() else Path(name)
-    if not folder.is_dir():
+    if not where(folder).is_dir():
         raise ValueError(
             f"there is no model {name!r}: neither a folder nor one of the package's checkpoints "
             f"({', '.join(known()) or 'it has none'}). Train one: python -m mmkernels train"
@@ -39,20 +38,3 @@ def open_model(model: str | Path | None = None) -> tuple[str, MultimodalModel]:
 def known() -> list[str]:
     """Names of the package's checkpoints."""
     return sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{MANIFEST}"))
-
-
-def require(needs: dict[str, str], verb: str) -> None:
-    """Looks whether packages are installed.
-
-    Args:
-        needs: what to import -> what to install.
-        verb: what needs them.
-
-    Raises:
-        ModuleNotFoundError: one is missing; the message names all that are.
-    """
-    missing = [package for name, package in needs.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{verb} needs packages that are not installed: pip install {' '.join(missing)}"
-        )

@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from mmkernels.serving.load import NEEDS, open_model, require
+from mmkernels._core.packages import require
+from mmkernels.serving.load import NEEDS, open_model
 
 API_KEY = "MMKERNELS_API_KEY"
 

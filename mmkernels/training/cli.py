@@ -1,12 +1,13 @@
 """`python -m mmkernels train`: the reference model, from nothing to a table of what it can do."""
 
 import argparse
-import importlib.util
 import os
 import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+from mmkernels._core.packages import require
 
 NEEDS = {
     "tokenizers": "tokenizers",
@@ -100,17 +101,3 @@ def _command(options: argparse.Namespace) -> str:
     parts += [f"--accumulate {options.accumulate}"] if options.accumulate > 1 else []
     parts += ["--checkpointing"] if options.checkpointing else []
     return " ".join(parts)
-
-
-def require(needs: dict[str, str], what: str) -> None:
-    """Raises with the commands that install what is missing.
-
-    Args:
-        needs: module -> package.
-        what: needs them.
-    """
-    missing = [package for name, package in needs.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{what} needs packages that are not installed: pip install {' '.join(missing)}"
-        )

@@ -25,6 +25,9 @@ class Model(torch.nn.Linear):
     config = types.SimpleNamespace(to_dict=lambda: {"name": "line"})
     tokenizer = types.SimpleNamespace(to_json=lambda: "{}")
 
+    def own_weights(self):
+        return self.state_dict()
+
 
 def write(run, step):
     """A checkpoint all of whose numbers are its step."""

@@ -36,6 +36,7 @@ from tests.training.driver import RECIPE  # noqa: E402
 def small_recipe(monkeypatch):
     """The small model; signals as they were, afterwards."""
     small.install(monkeypatch, RECIPE)
+    monkeypatch.delenv("MMKERNELS_DATA", raising=False)
     monkeypatch.setattr(report, "write", lambda *args, **options: "the table")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -66,6 +67,7 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("command") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         small.install(patch, RECIPE)
+        patch.delenv("MMKERNELS_DATA", raising=False)
         patch.setattr(report, "write", lambda *args, **options: "the table")
         before = signal.getsignal(signal.SIGTERM)
         assert train(out, "--dtype", "float32") == 0
