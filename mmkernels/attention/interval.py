@@ -70,6 +70,8 @@ class IntervalMask:
 
     # What key_rows returned, and from what it was made.
     _key_rows: tuple[tuple, tuple[Tensor, Tensor]] | None = None
+    # Likewise what `distributed.ring.pieces` made of it.
+    _pieces: tuple[tuple, list["IntervalMask"]] | None = None
 
     @classmethod
     def _of(cls, start: Tensor, end: Tensor, seqlen_k: int | None) -> "IntervalMask":
