@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._core import registry
+from mmkernels._core import registry, spread
 from mmkernels.attention import call, kvcache
 from mmkernels.attention.interval import IntervalMask
 
@@ -71,6 +71,13 @@ def attention(
 
     Source: Dao, "FlashAttention-2", ICLR 2024; for the names, its `flash_attn_func`.
     """
+    if spread.active is not None:
+        return spread.active.attention(
+            q, k, v, mask=mask, causal=causal, window_size=window_size,
+            softmax_scale=softmax_scale, softcap=softcap, bias=bias, alibi_slopes=alibi_slopes,
+            sinks=sinks, dropout_p=dropout_p, generator=generator, return_lse=return_lse,
+            deterministic=deterministic, backend=backend,
+        )  # fmt: skip
     out, lse = call.run(
         call.dense(
             q, k, v, mask, causal, window_size, softmax_scale, softcap, bias, alibi_slopes, sinks,
@@ -139,6 +146,7 @@ def attention_varlen(
         TypeError: as for `attention`.
         BackendUnavailable: as for `attention`.
     """
+    spread.refuse("attention_varlen", "call attention with mask=masks.packed of the whole sequence")
     out, lse = call.run(
         call.varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask, causal,
@@ -179,9 +187,12 @@ def scaled_dot_product_attention(
         TypeError: as for `attention`.
         BackendUnavailable: as for `attention`.
     """
-    out, _ = call.run(
-        call.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    )
+    if spread.active is not None:
+        return call.spread_sdpa(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
+    prepared = call.sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out, _ = call.run(prepared)
     return call.sdpa_layout(out, query, key, value)
 
 
@@ -240,6 +251,7 @@ def attention_with_kvcache(
 
     Source: for the names and the in-place update, FlashAttention's `flash_attn_with_kvcache`.
     """
+    spread.refuse("attention_with_kvcache", "decode outside of the block")
     prepared = kvcache.prepare(
         q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal, window_size, softmax_scale,
         softcap, alibi_slopes, sinks, backend,

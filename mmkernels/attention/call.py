@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._core import ops, registry
+from mmkernels._core import ops, registry, spread
 from mmkernels._core.registry import Explanation
 from mmkernels._core.values import readable
 from mmkernels.attention import checks, masks, reference
@@ -168,6 +168,38 @@ def sdpa(
         softmax_scale=scale,
         where=where,
     )
+
+
+def spread_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """`mmkernels.scaled_dot_product_attention` of a sequence that is spread over processes.
+
+    Its mask is over the whole sequence, and so is no check of the local shapes.
+    """
+    where = "scaled_dot_product_attention"
+    assert spread.active is not None
+    if query.ndim != 4:
+        raise ValueError(
+            f"{where}: query has shape {tuple(query.shape)}; within context_parallel it must be "
+            "(B, H, S, D)"
+        )
+    checks.check_sdpa(where, query, key, value, None, is_causal, enable_gqa)
+    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = spread.active.attention(
+        q, k, v, mask=attn_mask if boolean else None, bias=None if boolean else attn_mask,
+        causal=is_causal, softmax_scale=scale, alibi_slopes=None, dropout_p=dropout_p,
+        generator=None,
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def run(call: Call) -> tuple[Tensor, Tensor]:

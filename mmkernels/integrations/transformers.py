@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import generic
 
 import mmkernels as mm
+from mmkernels._core import spread
 from mmkernels.attention import masks
 from mmkernels.attention.interval import IntervalMask
 from mmkernels.integrations.mask_reading import mask_over_keys, separated
@@ -100,6 +101,8 @@ def attention_forward(
     if query.shape[0] != key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    if spread.active is not None:  # masks are over the whole sequence then
+        seqlen_q = seqlen_k = spread.active.seqlen
     if is_causal is None:
         is_causal = getattr(module, "is_causal", False)
     mask: IntervalMask | Tensor | None = None

@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from mmkernels._core import spread
 from mmkernels._core.values import captured
 from mmkernels.attention.interval import IntervalMask, dense_bounds
 from mmkernels.integrations.interval_tensor import IntervalTensor
@@ -69,6 +70,11 @@ def interval_mask(
         Otherwise a (B, 1, Sq, Sk) mask, True = attend: an `IntervalTensor`, or a bool tensor if the
         keys of some row are not contiguous.
     """
+    if spread.active is not None:  # the mask is over the whole sequence then
+        q_length = kv_length = spread.active.seqlen
+        q_offset = kv_offset = 0
+        if cache_position is not None:
+            cache_position = torch.arange(q_length, device=cache_position.device)
     common: dict[str, Any] = kwargs | {
         "batch_size": batch_size,
         "kv_length": kv_length,

@@ -1,0 +1,28 @@
+"""Whether the sequence of the attention calls that are made now is spread over processes.
+
+`distributed.context_parallel` sets it while it runs a model's modules; the public attention
+functions then hand their arguments to it. Process-wide, like `use_backend`.
+"""
+
+from typing import Any, Protocol
+
+
+class Spread(Protocol):
+    """What takes a call's arguments, and knows the length of the whole sequence."""
+
+    @property
+    def seqlen(self) -> int: ...
+
+    def attention(self, *args: Any, **options: Any) -> Any: ...
+
+
+active: Spread | None = None
+
+
+def refuse(where: str, fix: str) -> None:
+    """Raises where a function has no form for a spread sequence."""
+    if active is not None:
+        raise ValueError(
+            f"{where}: called within context_parallel, where the sequence is spread over "
+            f"processes; {fix}"
+        )
