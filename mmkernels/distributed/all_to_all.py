@@ -43,7 +43,7 @@ def attend(
     parts = []
     for first, count, kv_heads in split:
         parts.append([q[:, :, first : first + count], k[:, :, kv_heads], v[:, :, kv_heads]])
-    _, heads, kv_heads = split[rank]
+    first, heads, kv_heads = split[rank]
     batch = q.shape[0]
     shapes = [
         [
@@ -54,9 +54,8 @@ def attend(
         for length in layout.lengths
     ]
     received = _exchange(parts, shapes, group)
-    mine = (layout.unshard(shards) for shards in zip(*received, strict=True))
-    first = split[rank][0]
-    out, lse = whole(*mine, slice(first, first + heads))
+    q, k, v = (layout.unshard(shards) for shards in zip(*received, strict=True))
+    out, lse = whole(q, k, v, slice(first, first + heads))
     # To each process its positions of these heads.
     length = layout.lengths[rank]
     out_shapes = [[(batch, length, count, v.shape[3])] for _, count, _ in split]

@@ -1,12 +1,12 @@
 """Attention over a sequence that is spread over the processes of a mesh.
 
-    from torch.distributed.device_mesh import init_device_mesh
-    from mmkernels.distributed import Layout, ring_attention
+from torch.distributed.device_mesh import init_device_mesh
+from mmkernels.distributed import Layout, ring_attention
 
-    mesh = init_device_mesh("cuda", (8,))
-    layout = Layout.zigzag(seqlen, ranks=8)
-    q, k, v = (layout.shard(x, mesh.get_rank()) for x in (q, k, v))  # (B, S_r, H, D)
-    out = ring_attention(q, k, v, mesh, layout, causal=True)
+mesh = init_device_mesh("cuda", (8,))
+layout = Layout.zigzag(seqlen, ranks=8)
+q, k, v = (layout.shard(x, mesh.get_rank()) for x in (q, k, v))  # (B, S_r, H, D)
+out = ring_attention(q, k, v, mesh, layout, causal=True)
 """
 
 from typing import Any
@@ -157,11 +157,12 @@ def all_to_all_attention(
         sinks = checks.check_per_head(where, "sinks", sinks, q, batched=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
-        return mm.attention(
+        out, lse = mm.attention(
             q, k, v, mask=whole, softmax_scale=softmax_scale, softcap=softcap,
             sinks=None if sinks is None else sinks[heads], return_lse=True,
             deterministic=deterministic, backend=backend,
         )  # fmt: skip
+        return out, lse
 
     out, lse = all_to_all.attend(q, k, v, layout, mesh.get_group(), attend, return_lse)
     return (out, lse) if return_lse else out

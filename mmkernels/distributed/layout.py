@@ -6,7 +6,7 @@ any two processes is an interval mask, and the kernels know nothing of the layou
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -198,9 +198,10 @@ class Layout:
         device = torch.device(device)
         if device.type == "cpu":
             return x
-        if (*key, device) not in self._on_device:
-            self._on_device[(*key, device)] = x.to(device)
-        return self._on_device[(*key, device)]
+        place = (*key, device)
+        if place not in self._on_device:
+            self._on_device[place] = x.to(device)
+        return self._on_device[place]
 
 
 def _chunks(seqlen: int, count: int) -> list[Tensor]:
@@ -208,7 +209,7 @@ def _chunks(seqlen: int, count: int) -> list[Tensor]:
     if seqlen < 0:
         raise ValueError(f"Layout: seqlen is {seqlen}; it must be >= 0")
     edges = [seqlen * i // count for i in range(count + 1)]
-    return [torch.arange(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [torch.arange(a, b) for a, b in pairwise(edges)]
 
 
 def _check_ranks(ranks: int) -> None:

@@ -79,7 +79,7 @@ class Exchange(torch.autograd.Function):
         return finish(start_exchange(x, receive, send, group))
 
     @staticmethod
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradients go back to where the elements came from."""
         receive, send, group = ctx.sizes
         return finish(start_exchange(dout.contiguous(), send, receive, group)), None, None, None

@@ -61,7 +61,9 @@ class Problem(NamedTuple):
         if self.layout == "balanced":
             mask = self.whole_mask() or mm.masks.full(self.seqlen)
             return Layout.balanced(mask, self.ranks)
-        drawn = torch.randint(self.ranks, (self.seqlen,), generator=torch.Generator().manual_seed(1))
+        drawn = torch.randint(
+            self.ranks, (self.seqlen,), generator=torch.Generator().manual_seed(1)
+        )
         return Layout([(drawn == rank).nonzero()[:, 0] for rank in range(self.ranks)])
 
 

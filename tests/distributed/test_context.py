@@ -36,7 +36,11 @@ class Model(nn.Module):
     def forward(self, x, mask):
         attend = CALLS[self.call](mask)
         for block in self.blocks:
-            x = checkpoint(block, x, attend, use_reentrant=False) if self.again else block(x, attend)
+            x = (
+                checkpoint(block, x, attend, use_reentrant=False)
+                if self.again
+                else block(x, attend)
+            )
         return x
 
 
