@@ -95,6 +95,7 @@ docs: $(VENV)/.installed  ## rewrite what docs/ and README have from the code
 	$(VENV)/bin/python -m tools.support_matrix
 	$(VENV)/bin/python -m tools.model_table
 	$(VENV)/bin/python -m tools.model_results
+	$(VENV)/bin/python -m tools.scaling
 
 bench: $(VENV)/.installed  ## run all benchmarks: a JSON, with tables, CSV and plots beside it
 	$(VENV)/bin/python -m mmkernels bench --json $(BENCH_JSON) $(ARGS)

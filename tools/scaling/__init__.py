@@ -1,0 +1,1 @@
+"""Predictions, not measurements, of training steps on many GPUs: what docs/scaling.md shows."""
