@@ -5,6 +5,7 @@ one of them are 0 it is a send to one neighbour and a receive from another.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,19 +68,19 @@ class Exchange(torch.autograd.Function):
     """An all-to-all of x (n,) that has a gradient: the same, backwards."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx,
+    def forward(
+        ctx: Any,
         x: Tensor,
         receive: list[int],
         send: list[int],
         group: dist.ProcessGroup,
     ) -> Tensor:
         """What the others sent, that of rank 0 first."""
-        ctx.sizes = receive, send, group  # type: ignore[attr-defined]
+        ctx.sizes = receive, send, group
         return finish(start_exchange(x, receive, send, group))
 
     @staticmethod
-    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradients go back to where the elements came from."""
         receive, send, group = ctx.sizes
         return finish(start_exchange(dout.contiguous(), send, receive, group)), None, None, None

@@ -29,6 +29,8 @@ class Batch:
         images: those of all rows, in the order of their placeholders.
         audios: likewise.
         lengths: (B,) int32, tokens of each row.
+        part: (S_r,) the positions that this process holds of rows that are spread over several,
+            ascending; None: all. The tensors above are of whole rows.
     """
 
     ids: Tensor
@@ -40,6 +42,7 @@ class Batch:
     images: list[Tensor]
     audios: list[Tensor]
     lengths: Tensor
+    part: Tensor | None = None
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Document]], seqlen: int | None = None) -> "Batch":
@@ -105,10 +108,15 @@ class Batch:
         causal = mm.masks.causal(self.ids.shape[1], device=self.ids.device)
         return (causal & mm.masks.spans(self.documents)) | mm.masks.spans(self.spans)
 
+    def held(self, x: Tensor) -> Tensor:
+        """What this process holds of x (B, S)."""
+        return x if self.part is None else x.index_select(1, self.part)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`."""
         moved: dict[str, Any] = {
             name: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
             for name, value in vars(self).items()
+            if value is not None
         }
         return Batch(**moved)

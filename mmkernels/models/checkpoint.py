@@ -93,9 +93,43 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     Raises:
         ValueError: there is something else in its place, which would be lost.
     """
+    folder = _with_room(folder)
+    aside = aside_of(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir()
+    _fill(aside, files)
+    _put_in_place(folder, {name: _said_of(data) for name, data in files.items()})
+
+
+def adopt_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Puts what several processes have written to `aside_of(folder)` in its place, as a whole.
+
+    Args:
+        folder: where to; what it holds is replaced.
+        files: more of them, by their names.
+
+    Raises:
+        ValueError: as for `write_folder`.
+    """
+    folder = _with_room(folder)
+    aside = aside_of(folder)
+    _fill(aside, files)
+    paths = sorted(path for path in aside.iterdir() if path.is_file())
+    _put_in_place(folder, {path.name: _said_of(path.read_bytes()) for path in paths})
+
+
+def aside_of(folder: Path) -> Path:
+    """Where a folder is written before it gets its place."""
+    folder = Path(folder).resolve()
+    return folder.with_name(f".{folder.name}.part")
+
+
+def _with_room(folder: Path) -> Path:
+    """The folder's path, where nothing is that would be lost."""
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = folder.with_name(f".{folder.name}.part"), _before(folder)
+    before = _before(folder)
     if before.exists() and not folder.exists():  # a write was cut off between the renames
         before.rename(folder)
     foreign = folder.exists() and not (folder / MANIFEST).is_file()
@@ -103,19 +137,27 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         raise ValueError(
             f"{folder} holds something else than a checkpoint; remove it, or name another folder"
         )
-    for left in (aside, before):
-        if left.exists():
-            shutil.rmtree(left)
-    aside.mkdir()
-    manifest = {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for name, data in files.items()
-    }
-    for name, data in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
-        with open(aside / name, "wb") as file:
+    if before.exists():
+        shutil.rmtree(before)
+    return folder
+
+
+def _said_of(data: bytes) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _fill(folder: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        with open(folder / name, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _put_in_place(folder: Path, manifest: dict[str, dict[str, Any]]) -> None:
+    aside, before = aside_of(folder), _before(folder)
+    _fill(aside, {MANIFEST: json.dumps(manifest, indent=1).encode()})
     _sync(aside)
     if folder.exists():  # a folder cannot be renamed over one that holds files
         folder.rename(before)

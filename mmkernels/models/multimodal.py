@@ -95,20 +95,29 @@ class MultimodalModel(nn.Module):
         )
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeds a batch: (B, S, E), images and sounds at their placeholders."""
-        x = self.decoder.embed_tokens(batch.ids.clamp(max=self.vocabulary.size - 1))
+        """Embeds a batch: (B, S, E), images and sounds at their placeholders.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than images and sounds need.
+        """
+        ids = batch.held(batch.ids)
+        x = self.decoder.embed_tokens(ids.clamp(max=self.vocabulary.size - 1))
         for inputs, embedder, placeholder in (
             (batch.images, self.image_embedder, self.vocabulary.image_patch),
             (batch.audios, self.audio_embedder, self.vocabulary.audio_patch),
         ):
             if inputs:
-                where = (batch.ids == placeholder).nonzero(as_tuple=True)
+                places = batch.ids == placeholder
                 embeddings = embedder(inputs, self.kernels)
-                if len(embeddings) != len(where[0]):
+                if len(embeddings) != places.sum():
                     raise ValueError(
-                        f"the batch has {len(where[0])} placeholders for {len(embeddings)} "
+                        f"the batch has {int(places.sum())} placeholders for {len(embeddings)} "
                         "embeddings; they must be as many"
                     )
+                if batch.part is not None:
+                    number = places.flatten().cumsum(0).view_as(places) - 1
+                    embeddings = embeddings[batch.held(number)[batch.held(places)]]
+                where = (ids == placeholder).nonzero(as_tuple=True)
                 x = x.index_put(where, embeddings.to(x.dtype))
         return x
 
@@ -123,7 +132,8 @@ class MultimodalModel(nn.Module):
             attend = self._cached(cache)
         if cache is not None:
             cache.adapted = batch.adapted.any(1)
-        hidden = self._run(self.embed(batch), batch.positions, attend, batch.adapted)
+        positions, adapted = batch.held(batch.positions), batch.held(batch.adapted)
+        hidden = self._run(self.embed(batch), positions, attend, adapted)
         if cache is not None:
             cache.lengths = batch.lengths.clone()
         return hidden
@@ -134,11 +144,28 @@ class MultimodalModel(nn.Module):
         Raises:
             ValueError: none is learned.
         """
-        learned = batch.targets != IGNORED
-        if not learned.any():
+        learned = int((batch.targets != IGNORED).sum())
+        if not learned:
             raise ValueError("loss: the batch has no token that is learned, so it has no mean")
-        hidden = self.hidden(batch)
-        return F.cross_entropy(self.decoder.logits(hidden[learned]).float(), batch.targets[learned])
+        return self(batch, learned)
+
+    def forward(self, batch: Batch, learned: int) -> Tensor:
+        """What a batch adds to the mean cross entropy, float32, over so many learned tokens.
+
+        Every parameter that is trained gets a gradient from it, 0 where it took no part: processes
+        that train together wait for each other's.
+        """
+        targets = batch.held(batch.targets)
+        where = targets != IGNORED
+        logits = self.decoder.logits(self.hidden(batch)[where]).float()
+        loss = F.cross_entropy(logits, targets[where], reduction="sum") / learned
+        for inputs, embedder in (
+            (batch.images, self.image_embedder),
+            (batch.audios, self.audio_embedder),
+        ):
+            if not inputs and torch.is_grad_enabled():
+                loss = loss + 0.0 * sum(x.sum() for x in embedder.parameters() if x.requires_grad)
+        return loss
 
     @torch.no_grad()
     def prefill(self, batch: Batch, cache: KVCache) -> Tensor:

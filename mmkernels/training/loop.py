@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import nn
 
 from mmkernels.models.batch import IGNORED, Batch
+from mmkernels.models.chat_format import Document
 from mmkernels.models.multimodal import MultimodalModel
 from mmkernels.training import checkpoints
 from mmkernels.training.interrupts import Interrupts
-from mmkernels.training.stages import Stage, pack
+from mmkernels.training.stages import Stage
+from mmkernels.training.world import World
 
 LOG = "log.jsonl"
 
@@ -50,21 +53,29 @@ class Trainer:
         model: on the settings' device.
         stages: in their order.
         settings: how.
+        world: the processes that train together, which have the same model; None: this one alone.
 
     Attributes:
         step: steps done, over all stages.
     """
 
-    def __init__(self, model: MultimodalModel, stages: Sequence[Stage], settings: Settings) -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        stages: Sequence[Stage],
+        settings: Settings,
+        world: World | None = None,
+    ) -> None:
         self.model, self.stages, self.settings = model, stages, settings
+        self.world = World() if world is None else world
         self.step = 0
         self._saved: int | None = None
-        # Codecs are trained before, and stay.
-        trained = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and "_codec" not in name
-        ]
+        self._saving: Future | None = None
+        for name, parameter in model.named_parameters():
+            if "_codec" in name:  # trained before
+                parameter.requires_grad_(False)
+        self.world.prepare(model)
+        trained = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
         # Matrices first: the order of the optimizer's groups, in which its moments are numbered.
         trained.sort(key=lambda pair: pair[1].ndim < 2)
         self.names = [name for name, _ in trained]
@@ -77,13 +88,16 @@ class Trainer:
 
         Later ones, which are damaged, are set aside.
         """
-        found = checkpoints.newest(self.settings.run)
+        run = self.settings.run
+        found = self.world.first(lambda: checkpoints.newest(run))
         if found is not None:
-            self.model.load_own_weights(found.weights)
+            moments = checkpoints.moments(self.parameters, self.names)
+            checkpoints.load(found, self.model, moments, self.world)
             self.step = self._saved = found.state["step"]
-            checkpoints.restore_optimizer(self.optimizer, self.names, found.optimizer)
-        checkpoints.set_aside(self.settings.run, self.step if found is not None else -1)
-        _cut_log(self.settings.run / LOG, self.step)
+            checkpoints.restore_optimizer(self.optimizer, self.names, moments)
+        if self.world.rank == 0:
+            checkpoints.set_aside(run, self.step if found is not None else -1)
+            _cut_log(run / LOG, self.step)
         return found is not None
 
     def run(self, until: int | None = None) -> None:
@@ -100,34 +114,50 @@ class Trainer:
         total = sum(stage.steps for stage in self.stages)
         last = total if until is None else min(until, total)
         saved = time.monotonic()
+        log = self.settings.run / LOG
         self.model.train()
         try:
             with (
                 Interrupts() as interrupts,
-                _Progress(total, self.step, self.settings.run / LOG) as progress,
+                _Progress(total, self.step, log, self.world.rank == 0) as progress,
             ):
-                while self.step < last and not interrupts.noted:
+                # All processes do the same, whoever of them was interrupted or is late.
+                while self.step < last and not self.world.any(interrupts.noted):
                     stage, step = self._stage()
                     if step == 0:
                         self.optimizer = self._new_optimizer()
                     report = self._train(stage, step)
                     self.step += 1
                     progress.add({"step": self.step, "stage": stage.name, **report})
-                    if self._stage_ended() or time.monotonic() - saved > self.settings.save_every:
+                    late = time.monotonic() - saved > self.settings.save_every
+                    if self.world.any(late or self._stage_ended()):
                         self.save()
                         saved = time.monotonic()
                 self.save()
+                self._finish_saving()
+                stopped = self.world.any(interrupts.noted)
         finally:
             self.model.eval()
-        if interrupts.noted:
+        if stopped:
             raise KeyboardInterrupt
 
     def save(self) -> None:
-        """Writes a checkpoint, unless the last one is of this step."""
-        if self._saved != self.step:
-            tensors = checkpoints.optimizer_tensors(self.optimizer, self.names)
-            checkpoints.save(self.settings.run, self.model, tensors, {"step": self.step})
-            self._saved = self.step
+        """Writes a checkpoint, unless the last one is of this step; several processes go on."""
+        if self._saved == self.step:
+            return
+        self._finish_saving()
+        run, state = self.settings.run, {"step": self.step}
+        tensors = checkpoints.optimizer_tensors(self.optimizer, self.names)
+        if self.world.plan.size == 1:
+            checkpoints.save(run, self.model, tensors, state)
+        else:
+            self._saving = checkpoints.save_parts(run, self.model, tensors, state, self.world)
+        self._saved = self.step
+
+    def _finish_saving(self) -> None:
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
 
     def _stage(self) -> tuple[Stage, int]:
         """The stage of the next step, and which of its steps it is."""
@@ -148,13 +178,11 @@ class Trainer:
     def _train(self, stage: Stage, step: int) -> dict[str, Any]:
         """One optimizer step; its loss, rate, speed and how much of the machine it used."""
         began = time.perf_counter()
-        settings = self.settings
-        batches = [
-            pack(stage.documents(step, micro), stage.seqlen).to(settings.device)
-            for micro in range(stage.accumulate)
-        ]
+        world, settings = self.world, self.settings
+        documents = [stage.documents(step, micro) for micro in range(stage.accumulate)]
+        batches = [world.batch(some, stage.seqlen).to(settings.device) for some in documents]
         prepared = time.perf_counter()
-        learned = [int((batch.targets != IGNORED).sum()) for batch in batches]
+        learned = [sum(sum(document.learned[1:]) for document in some) for some in documents]
         if not sum(learned):
             raise ValueError(
                 f"stage {stage.name!r} has no token to learn in its step {step}; its documents "
@@ -162,24 +190,27 @@ class Trainer:
             )
         loss = torch.zeros((), device=settings.device)
         for batch, count in zip(batches, learned, strict=True):
-            if not count:  # the mean over nothing is NaN
+            if not count:
                 continue
-            with torch.autocast(
-                settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32
-            ):
-                part = self.model.loss(batch) * (count / sum(learned))
-            part.backward()
+            with world.spread(self.model, stage.seqlen):
+                with torch.autocast(
+                    settings.device.type, settings.dtype, enabled=settings.dtype != torch.float32
+                ):
+                    part = world.loss(batch, sum(learned))
+                part.backward()
             loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(self.parameters, stage.clip, error_if_nonfinite=True)
+        self._forget_unseen([document for some in documents for document in some])
+        norm = world.clip(self.parameters, stage.clip)
         rate = stage.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             group["weight_decay"] = stage.weight_decay if group["decays"] else 0.0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        value = float(loss)  # waits for the device
+        value = float(world.mean(loss))  # waits for the device
         seconds = time.perf_counter() - began
-        tokens = sum(int(batch.lengths.sum()) for batch in batches)
+        tokens = sum(len(document) for some in documents for document in some)
+        flops = world.mean(torch.tensor(sum(map(self._flops, batches)), device=settings.device))
         return {
             "loss": value,
             "rate": rate,
@@ -189,8 +220,17 @@ class Trainer:
             "seconds": seconds,
             "data_seconds": prepared - began,
             "tokens_per_second": tokens / seconds,
-            "mfu": sum(map(self._flops, batches)) / seconds / settings.ceiling,
+            "mfu": float(flops) / (world.plan.sp * world.plan.tp) / seconds / settings.ceiling,
         }
+
+    def _forget_unseen(self, documents: list[Document]) -> None:
+        """Takes its gradient of 0 from what no document of a step has used, lest it decay."""
+        for used, embedder in (
+            (any(document.images for document in documents), self.model.image_embedder),
+            (any(document.audios for document in documents), self.model.audio_embedder),
+        ):
+            if not used:
+                embedder.zero_grad(set_to_none=True)
 
     def _flops(self, batch: Batch) -> float:
         """Of a forward and backward: 6 for each weight and token, and attention's scores.
@@ -235,11 +275,12 @@ def _work(module: nn.Module) -> int:
 class _Progress:
     """A bar, and a line of JSON for every step."""
 
-    def __init__(self, total: int, done: int, log: Path) -> None:
+    def __init__(self, total: int, done: int, log: Path, shown: bool) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=None)
-        self.log = open(log, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=None if shown else True)
+        path = log if shown else os.devnull
+        self.log = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in __exit__
 
     def __enter__(self) -> "_Progress":
         return self

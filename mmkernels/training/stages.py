@@ -47,8 +47,8 @@ class Stage:
         return self.learning_rate * (self.final + (1 - self.final) * (1 + cos(pi * part)) / 2)
 
 
-def pack(documents: Iterable[Document], seqlen: int) -> Batch:
-    """Lays documents into as few rows as first fit finds, the longest first.
+def fit(documents: Iterable[Document], seqlen: int) -> list[list[Document]]:
+    """Documents in as few rows as first fit finds, the longest first.
 
     Raises:
         ValueError: a document is longer than a row.
@@ -68,4 +68,13 @@ def pack(documents: Iterable[Document], seqlen: int) -> Batch:
             row = len(rows) - 1
         rows[row].append(document)
         room[row] -= size
-    return Batch.of(rows, seqlen)
+    return rows
+
+
+def pack(documents: Iterable[Document], seqlen: int) -> Batch:
+    """`fit`, laid out.
+
+    Raises:
+        ValueError: a document is longer than a row.
+    """
+    return Batch.of(fit(documents, seqlen), seqlen)

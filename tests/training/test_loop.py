@@ -96,7 +96,7 @@ def test_killed_within_accumulation(micro, tmp_path, whole, monkeypatch):
     """Steps since the newest checkpoint, here of the last border, are done again."""
     first = trainer(tmp_path, save_every=1e9)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        on_call(patch, type(first.model), "loss", micro, kill)
+        on_call(patch, type(first.model), "forward", micro, kill)
         first.run()
     steps = [0, 0, 1, 1, 2, 3, 4, 4, 5, 5, 6, 6][micro]
     assert len(read_log(tmp_path)) == steps
@@ -111,7 +111,7 @@ def test_interrupted_within_a_step(owner, number, tmp_path, whole, monkeypatch):
     """The step ends first; its weights, moments and line are there."""
     first = trainer(tmp_path, save_every=1e9)
     place = {
-        "loss": (type(first.model), "loss"),
+        "loss": (type(first.model), "forward"),
         "backward": (torch.nn.utils, "clip_grad_norm_"),
         "optimizer": (torch.optim.AdamW, "step"),
         "log": (loop._Progress, "add"),
@@ -167,7 +167,7 @@ def test_signals_are_as_before_when_it_has_ended(tmp_path, monkeypatch):
     first = trainer(tmp_path)
     first.run(until=1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        on_call(patch, type(first.model), "loss", 0, kill)
+        on_call(patch, type(first.model), "forward", 0, kill)
         first.run()
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert not first.model.training
