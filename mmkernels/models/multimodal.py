@@ -1,6 +1,6 @@
 """The reference multimodal transformer: embeddings of text, images and sound, and one decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -261,19 +261,26 @@ class MultimodalModel(nn.Module):
         decoder = self.decoder.state_dict(prefix="decoder.")
         return {name: x for name, x in decoder.items() if "lora" not in name}
 
-    def save_pretrained(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Writes config.json, tokenizer.json and model.safetensors; a backbone is in none of them.
 
         Args:
             folder: made if it is not there; what it holds is replaced only once all is written.
             dtype: of the weights in the file; None: as they are.
+            weights: those of `own_weights`, where the model holds but a part of each; None: its
+                own.
         """
-        weights = {
+        written = {
             name: x.detach().to("cpu", dtype if x.is_floating_point() else None).contiguous()
-            for name, x in self.own_weights().items()
+            for name, x in (self.own_weights() if weights is None else weights).items()
         }
         files.save(
-            folder, weights, config=self.config.to_dict(), tokenizer=self.tokenizer.to_json()
+            folder, written, config=self.config.to_dict(), tokenizer=self.tokenizer.to_json()
         )
 
     @classmethod

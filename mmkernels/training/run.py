@@ -2,6 +2,8 @@
 
 A run lives in one folder and can be stopped at any time; started again with resume, it goes on.
 
+Processes that torchrun has started share the folder; the first of them writes all but checkpoints.
+
     start/          the model before its first step, codecs trained
     checkpoints/    the newest two
     log.jsonl       a line for each step
@@ -11,6 +13,7 @@ A run lives in one folder and can be stopped at any time; started again with res
     report.md, loss.png, samples.png, attention.png
 """
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -34,6 +37,7 @@ from mmkernels.training.pretrain import Pretraining
 from mmkernels.training.recipes import Recipe
 from mmkernels.training.speech import SpeechBank
 from mmkernels.training.stages import Stage
+from mmkernels.training.world import World, whole
 
 SETTINGS = "settings.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,6 +52,7 @@ def train(
     device: torch.device,
     dtype: str,
     resume: bool,
+    world: World | None = None,
 ) -> tuple[MultimodalModel, dict[str, SpeechBank]]:
     """Trains, and writes model/.
 
@@ -59,36 +64,44 @@ def train(
         device: where to compute.
         dtype: "float32", "bfloat16", or "auto": what the run has, or else the faster one.
         resume: go on with the run in `out`; without one, begin.
+        world: the processes that train together; None: this one alone.
 
     Returns:
         The model as it was saved, in evaluation mode, and the recordings by what they are for.
 
     Raises:
         ValueError: `out` holds a run and resume is False, or one of other settings; or `out`,
-            `data` or `seed` is none.
+            `data` or `seed` is none; or the model cannot be spread so.
     """
-    settings = _settings(recipe, out, data, seed, dtype, resume)
+    world = World() if world is None else world
+    settings = world.first(lambda: _settings(recipe, out, data, seed, dtype, resume))
     banks = speech.load(data, quick=recipe.evaluated < 100)
     images = digits.split()
-    ceilings = {name: _ceiling(kind, device) for name, kind in DTYPES.items()}
+    ceilings = world.first(lambda: {name: _ceiling(kind, device) for name, kind in DTYPES.items()})
     if settings["dtype"] == "auto":
         faster = ceilings["bfloat16"] > 1.5 * ceilings["float32"]
         settings["dtype"] = "bfloat16" if faster else "float32"
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_file(out / SETTINGS, json.dumps(settings, indent=1).encode())
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_file(out / SETTINGS, json.dumps(settings, indent=1).encode())
     mode = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("error")
     try:
-        model = _start(recipe, out, images["train"], banks["train"], data, seed)
+        begin = functools.partial(_start, recipe, out, images["train"], banks["train"], data, seed)
+        if world.plan.size > 1:  # the first trains the codecs, the others read them
+            world.first(lambda: begin() and None)
+        model = begin()
         stages = _stages(recipe, model, images["train"], banks["train"], data, seed)
         model.to(device).checkpointing = recipe.checkpointing
         dtype = settings["dtype"]
-        trainer = Trainer(model, stages, Settings(out, device, DTYPES[dtype], ceilings[dtype]))
+        kept = Settings(out, device, DTYPES[dtype], ceilings[dtype] * world.plan.size)
+        trainer = Trainer(model, stages, kept, world)
         trainer.resume()
         trainer.run()
     finally:
         torch.set_deterministic_debug_mode(mode)
-    model.save_pretrained(out / "model", torch.bfloat16)
+    weights = {name: whole(x) for name, x in model.own_weights().items()}
+    world.first(lambda: model.save_pretrained(out / "model", torch.bfloat16, weights))
     return MultimodalModel.from_pretrained(out / "model").to(device), banks
 
 

@@ -219,6 +219,12 @@ class World:
             dist.destroy_process_group()
 
 
+def peer_lost(error: RuntimeError) -> bool:
+    """Whether a transfer failed for the other side is gone; the backends say so in words alone."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "timed out", "Timed out", "NCCL")
+    return dist.is_initialized() and any(word in str(error) for word in words)
+
+
 def whole(x: Tensor) -> Tensor:
     """A tensor of which each process may hold a part; all of them have to ask."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
