@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mmkernels._core import registry
+from mmkernels._core import dtensors, registry
 from mmkernels.patch_embed.call import Call, row_count
 
 _MASK = "Tensor? start, Tensor? end"
@@ -178,6 +178,20 @@ def _plain(inputs: Iterable[Any]) -> bool:
     return True
 
 
+def _refuse_dtensors(run: Any, inputs: tuple) -> None:
+    """Raises if an input is a DTensor: the functions that take some hand on each process's part."""
+    for argument, x in zip(run._schema.arguments, inputs, strict=True):
+        if dtensors.is_dtensor(x):
+            name, first = argument.name, run._schema.arguments[0].name
+            op = run._schema.name.removeprefix("mmkernels::")
+            if name == first:
+                raise TypeError(f"{op}: {name} is a DTensor; it takes none, pass {name}.to_local()")
+            raise TypeError(
+                f"{op}: {name} is a DTensor and {first} a plain tensor; make {first} one, or pass "
+                f"{name}.full_tensor()"
+            )
+
+
 def call(op: str, *inputs: Any) -> Any:
     """Runs an op: through torch's dispatcher, unless nobody there would look at it.
 
@@ -192,7 +206,10 @@ def call(op: str, *inputs: Any) -> Any:
         or not _plain(inputs)
     )
     if watched:
-        return getattr(torch.ops.mmkernels, op).default(*inputs)
+        run = getattr(torch.ops.mmkernels, op).default
+        if not torch.compiler.is_compiling():
+            _refuse_dtensors(run, inputs)
+        return run(*inputs)
     return _implementations[op](*inputs)
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmkernels._core import ops, registry, spread
+from mmkernels._core import dtensors, ops, registry, spread
 from mmkernels._core.registry import Explanation
 from mmkernels._core.values import readable
 from mmkernels.attention import checks, masks, reference
@@ -60,7 +60,9 @@ def dense(
     if bias is not None:
         bias = checks.check_bias(where, bias, shape, q.device)
     if shown is not None:
-        bias = shown if bias is None else bias.masked_fill(~shown, -torch.inf)
+        bias = (
+            shown if bias is None else bias.masked_fill(~dtensors.beside(shown, bias), -torch.inf)
+        )
     if alibi_slopes is not None:
         alibi_slopes = checks.check_alibi(where, alibi_slopes, q)
     if sinks is not None:
@@ -110,7 +112,8 @@ def varlen(
         )
     shape = (1, q.shape[1], q.shape[0], k.shape[0])
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        mask = checks.broadcastable(where, "mask", mask, shape, q.device) & packing.to_dense()
+        mask = checks.broadcastable(where, "mask", dtensors.gathered(mask), shape, q.device)
+        mask = mask & packing.to_dense()
     elif isinstance(mask, IntervalMask):
         checks.check_interval(where, mask, 1, q.shape[0], k.shape[0], q.device)
         mask = mask & packing
@@ -128,7 +131,9 @@ def varlen(
         if bias is not None:
             bias = checks.check_bias(where, bias, shape, q.device)
         alibi = torch.atleast_2d(slopes)[..., None, None] * -(position[:, None] - keys).abs()
-        bias, alibi_slopes = alibi if bias is None else bias + alibi, None
+        if bias is not None:
+            alibi = bias + dtensors.beside(alibi, bias)
+        bias, alibi_slopes = alibi, None
     return dense(
         q[None], k[None], v[None], mask, False, (-1, -1), softmax_scale, softcap, bias,
         alibi_slopes, sinks, dropout_p, generator, deterministic, backend, where,
@@ -204,6 +209,10 @@ def spread_sdpa(
 
 def run(call: Call) -> tuple[Tensor, Tensor]:
     """out and lse, with gradients where they are wanted."""
+    if dtensors.is_dtensor(call.inputs[0]):
+        from mmkernels.distributed import sharding
+
+        return sharding.run_attention(call)
     if not _needs_grad(call):
         return ops.call("attention_forward", *call.inputs, call.backend)
     q, k, v, start, end, bias, alibi_slopes, sinks, seed, *numbers = call.inputs

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._core import dtensors
 from mmkernels._core.ops import lse_dtype
 from mmkernels._core.values import readable
 from mmkernels.attention import masks
@@ -65,7 +66,8 @@ def check_qkv(
             f"{where}: q is {q.dtype}; it must be float16, bfloat16, float32 or float64"
         )
     dtype, device = q.dtype, q.device
-    if k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device:
+    alike = type(q) is type(k) is type(v) and k.dtype == v.dtype == dtype
+    if not alike or k.device != device or v.device != device:
         check_like(where, q=q, **{k_name: k, v_name: v})
     batch, _, heads, dim = q.shape
     k_batch, seqlen_k, kv_heads, k_dim = k.shape
@@ -93,7 +95,8 @@ def check_qkv(
 
 
 def check_like(where: str, **tensors: Tensor) -> None:
-    """Raises unless all tensors have the dtype and device of the first."""
+    """Raises unless all tensors have the dtype, device and mesh of the first."""
+    dtensors.check_together(where, **tensors)
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.dtype != first.dtype:
@@ -157,7 +160,7 @@ def check_per_head(where: str, name: str, tensor: Tensor, q: Tensor, batched: bo
 
 def check_alibi(where: str, alibi_slopes: Tensor, q: Tensor) -> Tensor:
     """alibi_slopes (Hq,) or (B, Hq), which no backend gives a gradient."""
-    slopes = check_per_head(where, "alibi_slopes", alibi_slopes, q, batched=True)
+    slopes = check_per_head(where, "alibi_slopes", dtensors.gathered(alibi_slopes), q, batched=True)
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{where}: alibi_slopes needs a gradient, and gets none; detach it, or train the "
@@ -258,7 +261,7 @@ def _recognised(
             f"{where}: mask is {got}; it must be an IntervalMask or a bool tensor, True = attend. "
             "A floating-point mask that is added to the scores goes to bias="
         )
-    mask = broadcastable(where, "mask", mask, shape, device)
+    mask = broadcastable(where, "mask", dtensors.gathered(mask), shape, device)
     one_head = mask[:, :1] if mask.stride(1) == 0 else mask
     if one_head.shape[1] == 1 and readable(mask):
         # Broadcast rows stay one row here, so a key padding mask costs O(Sk) to read.

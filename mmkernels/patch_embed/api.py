@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._core import ops, registry
+from mmkernels._core import dtensors, ops, registry
 from mmkernels._core.registry import Explanation
 from mmkernels.patch_embed import flattened, reference
 from mmkernels.patch_embed.autograd import embed
@@ -182,6 +182,10 @@ def batches_of_one(where: str, images: Any) -> list[Tensor]:
 
 def run(call: Call, backend: str) -> Tensor:
     """out (rows, D), with gradients where they are wanted."""
+    if dtensors.is_dtensor(call.weight):
+        from mmkernels.distributed import sharding
+
+        return sharding.run_patch_embed(call, lambda local: run(local, backend))
     if not needs_grad(call):
         return ops.call("patch_embed_forward", *call, backend)
     if backend == "reference" and not torch.compiler.is_compiling():

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from mmkernels._core import dtensors
 from mmkernels._core.values import readable
 from mmkernels.attention.checks import DTYPES
 
@@ -77,6 +79,8 @@ def check_pixels(where: str, name: str, pixels: Any, weight: Tensor) -> None:
         "uint8 (0 to 255), or float16, bfloat16, float32 or float64; cast it",
         " (images of mixed size: patch_embed_varlen)" if where == "patch_embed" else "",
     )  # fmt: skip
+    if type(pixels) is not Tensor or type(weight) not in (Tensor, Parameter):
+        dtensors.check_together(where, **{name: pixels, "weight": weight})
 
 
 def channels_first(

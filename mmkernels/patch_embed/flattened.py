@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels._core import dtensors
 from mmkernels.attention.checks import autocast
 from mmkernels.patch_embed import checks
 from mmkernels.patch_embed.build import with_tail
@@ -78,6 +79,10 @@ def build(
 
 def run(call: Call, data_format: str) -> Tensor:
     """out (B, P + N, D) of a call from `build`, differentiable."""
+    if dtensors.is_dtensor(call.weight):
+        from mmkernels.distributed import sharding
+
+        return sharding.run_patch_embed(call, lambda local: run(local, data_format))
     (x,), matrix = call.pixels, call.weight
     batch, tokens = x.shape[:2]
     channels = max(len(call.pixel_mean), 1)

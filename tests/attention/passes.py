@@ -67,6 +67,56 @@ def run_ops(
     return [out, lse, dq, dk, dv, *(extras[name] for name in extra)]
 
 
+def problem(
+    sizes: tuple[int, ...],
+    mask_name: str,
+    dtype: torch.dtype,
+    extra: tuple[str, ...] = (),
+    seed: int = 0,
+) -> tuple[Tensors, IntervalMask | None, tuple[str, ...], Tensors]:
+    """Inputs (q, k, v and those of `extra`), mask, extra and the gradients of out and lse.
+
+    Args: as for `check`.
+    """
+    batch, seqlen_q, seqlen_k, heads, _, _, value_dim = sizes
+    generator = torch.Generator().manual_seed(seed + 1)
+    make = {
+        "bias": lambda: torch.randn((heads, seqlen_q, seqlen_k), generator=generator)[None],
+        "sinks": lambda: torch.randn(heads, generator=generator),
+    }
+    inputs = [*testing.make_qkv(*sizes, dtype=dtype, seed=seed)]
+    inputs += [make[name]().to(dtype) for name in extra]
+    mask = testing.MASKS[mask_name](batch, seqlen_q, seqlen_k)
+    dout = torch.randn((batch, seqlen_q, heads, value_dim), generator=generator).to(dtype)
+    dlse = torch.randn((batch, heads, seqlen_q), generator=generator).to(ops.lse_dtype(dtype))
+    return inputs, mask, extra, [dout, dlse]
+
+
+def hold(
+    got: Tensors,
+    inputs: Tensors,
+    mask: IntervalMask | None,
+    extra: tuple[str, ...],
+    cotangents: Tensors,
+) -> None:
+    """Raises unless `got` (out, lse and all gradients) obeys the error rule for a `problem`."""
+    arguments = (inputs, mask, extra, cotangents)
+    exact, eager = run_exact(*arguments), run_eager(*arguments)
+    names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in extra)]
+    exact = [x.detach() for x in exact]
+    dout, dlse = cotangents
+    delta = (dout.double() * exact[0]).sum(-1).transpose(1, 2) - dlse
+    rounding = testing.attention_rounding(inputs[0].dtype, exact[1], delta)
+    for name, *values in zip(names, got, exact, eager, strict=True):
+        limit = rounding
+        if name == "dsinks":  # a sum over all rows, in which large terms cancel
+            terms = torch.exp(inputs[-1].double()[:, None] - exact[1]).where(
+                exact[1] > -torch.inf, 0
+            )
+            limit *= float((terms * delta.abs()).sum((0, 2)).max() / values[1].abs().max())
+        testing.assert_accurate(name, *values, rounding=limit)
+
+
 def check(
     sizes: tuple[int, ...],
     mask_name: str,
@@ -87,31 +137,7 @@ def check(
         extra: any of "bias" (1, Hq, Sq, Sk) and "sinks", which also get a gradient.
         seed: of the inputs.
     """
-    batch, seqlen_q, seqlen_k, heads, _, _, value_dim = sizes
-    generator = torch.Generator().manual_seed(seed + 1)
-    make = {
-        "bias": lambda: torch.randn((heads, seqlen_q, seqlen_k), generator=generator)[None],
-        "sinks": lambda: torch.randn(heads, generator=generator),
-    }
-    inputs = [*testing.make_qkv(*sizes, dtype=dtype, seed=seed)]
-    inputs += [make[name]().to(dtype) for name in extra]
-    mask = testing.MASKS[mask_name](batch, seqlen_q, seqlen_k)
-    dout = torch.randn((batch, seqlen_q, heads, value_dim), generator=generator).to(dtype)
-    dlse = torch.randn((batch, heads, seqlen_q), generator=generator).to(ops.lse_dtype(dtype))
     device = "cuda" if "cuda" in map(testing.device_for, (forward, backward)) else "cpu"
-    inputs, mask, dout, dlse = backends.moved((inputs, mask, dout, dlse), device)
-    arguments = (inputs, mask, extra, (dout, dlse))
-    got = run_ops(*arguments, forward, backward)
-    exact, eager = run_exact(*arguments), run_eager(*arguments)
-    names = ["out", "lse", "dq", "dk", "dv", *(f"d{name}" for name in extra)]
-    exact = [x.detach() for x in exact]
-    delta = (dout.double() * exact[0]).sum(-1).transpose(1, 2) - dlse
-    rounding = testing.attention_rounding(dtype, exact[1], delta)
-    for name, *values in zip(names, got, exact, eager, strict=True):
-        limit = rounding
-        if name == "dsinks":  # a sum over all rows, in which large terms cancel
-            terms = torch.exp(inputs[-1].double()[:, None] - exact[1]).where(
-                exact[1] > -torch.inf, 0
-            )
-            limit *= float((terms * delta.abs()).sum((0, 2)).max() / values[1].abs().max())
-        testing.assert_accurate(name, *values, rounding=limit)
+    inputs, mask, extra, cotangents = problem(sizes, mask_name, dtype, extra, seed)
+    arguments = backends.moved((inputs, mask, extra, cotangents), device)
+    hold(run_ops(*arguments, forward, backward), *arguments)
