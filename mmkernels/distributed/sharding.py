@@ -2,17 +2,18 @@
 
 Along every dimension of the mesh a call is divided in one way, or not at all:
 
-| split     | attention                     | patch embedding                              |
-|-----------|-------------------------------|----------------------------------------------|
-| "batch"   | B                             | samples, unless they are a list of mixed size |
-| "heads"   | Hkv key heads and their groups | -                                            |
-| "columns" | -                             | embed_dim, as `ColwiseParallel` divides it   |
+| split     | attention                      | patch embedding                               |
+|-----------|--------------------------------|-----------------------------------------------|
+| "batch"   | B                              | samples, unless they are a list of mixed size |
+| "heads"   | Hkv key heads and their groups | -                                             |
+| "columns" | -                              | embed_dim, as `ColwiseParallel` divides it    |
 
 What has no dimension that the split divides is replicated, and its gradient a sum over the
 processes. A split must come out even, over all dimensions of the mesh that make it: so a process
 has whole groups of heads, and the rows of a sample lie in one process. Inputs that are divided
-otherwise (along the sequence, say) are first redistributed, by heads or columns where that is even,
-else by batch, else made whole; torch takes an all-to-all for this where it has one.
+otherwise (along the sequence, say) are first redistributed to the split that is even, attention to
+heads before batch, the patch embedding to batch before columns, and made whole if none is; torch
+takes an all-to-all for this where it has one.
 
 Not `torch.distributed.tensor.experimental.register_sharding`: it takes what it found for one call
 for every other whose tensors agree, so a call with another of its optional tensors, or another
@@ -108,7 +109,7 @@ def run_patch_embed(call: PatchCall, run: Callable[[PatchCall], Tensor]) -> DTen
     weight = call.weight
     batch = call.pixels[0].shape[0] if len(call.pixels) == 1 else 1
     tensors = [(weight, {"columns": 0}), *((x, {"batch": 0}) for x in call.pixels)]
-    layout = _layout(tensors, {"columns": weight.shape[0], "batch": batch})
+    layout = _layout(tensors, {"batch": batch, "columns": weight.shape[0]})
     each = {"batch": 0}
     shared: Axes = {}
     own_positions = call.pos_per_sample and call.pos_index is None

@@ -16,11 +16,13 @@ WHOLE = None
 
 
 def distributed(x, mesh, dims):
-    """x as a DTensor, divided in `dims` along each dimension of the mesh."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    """x as a DTensor, divided in `dims` along each dimension of the mesh; differentiable."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    placements = [Replicate() if dim is WHOLE else Shard(dim) for dim in dims]
-    return distribute_tensor(x, mesh, placements)
+    whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(
+        placements=[Replicate() if dim is WHOLE else Shard(dim) for dim in dims]
+    )
 
 
 def mesh_of(*shape):
@@ -38,13 +40,14 @@ def attend(shape, dims, inputs, mask, extra, cotangents, plain, options):
     """out, lse and all gradients as whole tensors; then how out is divided."""
     mesh = mesh_of(*shape)
     mask = mask.to(mesh.device_type) if isinstance(mask, mm.masks.IntervalMask) else mask
+    inputs = [x.to(mesh.device_type) for x in inputs]
     leaves = [distributed(x, mesh, dims).requires_grad_() for x in inputs[:3]]
     for x in inputs[3:]:
-        x = x.to(mesh.device_type) if plain else distributed(x, mesh, [WHOLE] * len(shape))
+        x = x if plain else distributed(x, mesh, [WHOLE] * len(shape))
         leaves.append(x.requires_grad_())
     named = dict(zip(extra, leaves[3:], strict=True))
     results = mm.attention(*leaves[:3], mask=mask, return_lse=True, **named, **options)
-    grads = [distributed(x, mesh, [WHOLE] * len(shape)) for x in cotangents]
+    grads = [distributed(x.to(mesh.device_type), mesh, [WHOLE] * len(shape)) for x in cotangents]
     grads = torch.autograd.grad(results, leaves, grads)
     assert [g.shape for g in grads] == [x.shape for x in leaves]
     everything = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in (*results, *grads)]
