@@ -63,6 +63,20 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert verbs == []
 
 
+def test_attention_loads_no_dtensor():
+    output = run("""
+import sys
+import torch
+import mmkernels as mm
+
+q, k, v = (torch.randn(1, 5, 2, 8, requires_grad=True) for _ in "qkv")
+mm.attention(q, k, v, causal=True).sum().backward()
+mm.patch_embed(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 8, 8))
+print([name for name in sys.modules if name.startswith("torch.distributed.tensor")])
+""")
+    assert output == "[]\n"
+
+
 def test_import_is_quick():
     code = """
 import time

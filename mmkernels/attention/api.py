@@ -69,6 +69,10 @@ def attention(
     Numerics: float32 softmax and accumulation (float64 for float64). Masked NaN or Inf in k and v
     reaches no row. A second derivative needs backend="reference".
 
+    DTensors: if q, k and v are some, so are the results, divided by batch or by heads as q, k and v
+    are; those divided otherwise are redistributed. Other arguments may be DTensors, or plain and
+    the same in all processes. Where q is divided, dropout is a ValueError.
+
     Source: Dao, "FlashAttention-2", ICLR 2024; for the names, its `flash_attn_func`.
     """
     if spread.active is not None:

@@ -77,6 +77,9 @@ def patch_embed(
     Bytes are saved for the backward pass as bytes, unless they are cut out. Under autocast weight
     is cast, and so is the result. Differentiable in all floating-point arguments but mean and std.
 
+    DTensors: if pixels and weight are some, so is the result, divided by samples as pixels are, or
+    by embed_dim as weight is. Other arguments may be DTensors, or plain and the same everywhere.
+
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
     """
     where = "patch_embed"
