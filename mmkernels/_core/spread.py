@@ -4,16 +4,20 @@
 functions then hand their arguments to it. Process-wide, like `use_backend`.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
-class Spread(Protocol):
-    """What takes a call's arguments, and knows the length of the whole sequence."""
+class Spread(NamedTuple):
+    """How such calls run.
 
-    @property
-    def seqlen(self) -> int: ...
+    Attributes:
+        seqlen: of the whole sequence.
+        attention: takes the arguments of `mmkernels.attention`, all but q, k and v by name.
+    """
 
-    def attention(self, *args: Any, **options: Any) -> Any: ...
+    seqlen: int
+    attention: Callable[..., Any]
 
 
 active: Spread | None = None

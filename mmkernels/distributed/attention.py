@@ -1,13 +1,4 @@
-"""Attention over a sequence that is spread over the processes of a mesh.
-
-from torch.distributed.device_mesh import init_device_mesh
-from mmkernels.distributed import Layout, ring_attention
-
-mesh = init_device_mesh("cuda", (8,))
-layout = Layout.zigzag(seqlen, ranks=8)
-q, k, v = (layout.shard(x, mesh.get_rank()) for x in (q, k, v))  # (B, S_r, H, D)
-out = ring_attention(q, k, v, mesh, layout, causal=True)
-"""
+"""The functions: attention over a sequence that is spread over the processes of a mesh."""
 
 from typing import Any
 

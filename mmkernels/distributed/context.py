@@ -67,11 +67,6 @@ class context_parallel:
         self._outside: list[spread.Spread | None] = []
         self._hooks: list[Any] = []
 
-    @property
-    def seqlen(self) -> int:
-        """Length of the whole sequence."""
-        return self.layout.seqlen
-
     def __enter__(self) -> "context_parallel":
         # At every module, for what is checkpointed runs again from one in the middle.
         for module in self.model.modules():
@@ -94,12 +89,12 @@ class context_parallel:
 
     def _begin(self, *_: object) -> None:
         self._outside.append(spread.active)
-        spread.active = self
+        spread.active = spread.Spread(self.layout.seqlen, self._attention)
 
     def _end(self, *_: object) -> None:
         spread.active = self._outside.pop()
 
-    def attention(
+    def _attention(
         self,
         q: Tensor,
         k: Tensor,

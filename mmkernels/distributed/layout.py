@@ -45,7 +45,7 @@ class Layout:
                     f"Layout: positions[{rank}] is not ascending; sort it, for only then the keys "
                     "of an interval stay one interval"
                 )
-        self._positions = [x.to("cpu", torch.int64) for x in self._positions]
+        self._positions = [x.to("cpu", torch.int64).contiguous() for x in self._positions]
         everything = torch.cat(self._positions)
         self.seqlen = len(everything)
         self.lengths = [len(x) for x in self._positions]
@@ -121,7 +121,7 @@ class Layout:
         return f"Layout(lengths={self.lengths})"
 
     def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """The positions of a rank: (S_r,) int64, ascending."""
+        """The positions of a rank: (S_r,) int64, ascending, on a device."""
         return self._moved(("positions", rank), self._positions[rank], device)
 
     def shard(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:

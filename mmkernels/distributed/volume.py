@@ -7,7 +7,8 @@ Hq·Dv of out, in B sequences. Sums that cross ranks are kept in float32, in flo
 dk and dv travel along, and one step further, to the rank that they belong to.
 
 `all_to_all`: every rank gets all positions of some query heads, and of the kv heads that they read;
-out and lse return. The backward pass sends the gradients of what came, the other way.
+out, and lse where it is wanted, return. The backward pass sends the gradients of what came, the
+other way.
 
 These are plain formulas, without torch. The tests hold them against what is sent.
 """
@@ -16,6 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import gcd
 from typing import NamedTuple
+
+__all__ = [
+    "HeadShare",
+    "Sizes",
+    "all_to_all_backward",
+    "all_to_all_forward",
+    "head_split",
+    "ring_backward",
+    "ring_forward",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Sizes:
         head_dim: width of a head of q and k, D.
         value_dim: width of a head of v and out, Dv.
         itemsize: bytes of an element of q, k, v and out: 2 for bfloat16.
+        lse: whether the call returns lse, which `all_to_all` then sends back, too.
 
     Raises:
         ValueError: a size is not positive, a shard is negative, there is no shard, or the query
@@ -43,11 +55,12 @@ class Sizes:
     head_dim: int
     value_dim: int
     itemsize: int
+    lse: bool = False
 
     def __post_init__(self) -> None:
         """Refuses sizes of no call."""
         for field in fields(self):
-            if field.name != "shards" and getattr(self, field.name) < 1:
+            if field.name not in ("shards", "lse") and getattr(self, field.name) < 1:
                 raise ValueError(
                     f"Sizes: {field.name} is {getattr(self, field.name)}; it must be at least 1"
                 )
@@ -204,7 +217,8 @@ def _inputs(sizes: Sizes, share: HeadShare) -> int:
 
 def _outputs(sizes: Sizes, share: HeadShare) -> int:
     """Bytes of a rank's out and lse, or of their gradients, at one position of one sequence."""
-    return share.heads * (sizes.value_dim * sizes.itemsize + sizes.sum_itemsize)
+    lse = sizes.sum_itemsize if sizes.lse else 0
+    return share.heads * (sizes.value_dim * sizes.itemsize + lse)
 
 
 def _there_and_back(sizes: Sizes, there: _Bytes, back: _Bytes) -> list[int]:

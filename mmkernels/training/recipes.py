@@ -66,11 +66,15 @@ SMOL = Recipe(
 QUICK = {
     "tiny": replace(
         TINY,
-        codec_steps=200,
-        judge_steps=200,
-        pretrain_steps=100,
-        look_steps=60,
-        finetune_steps=250,
+        # Two tasks, in small steps and many: what is slow to begin wants steps, not documents.
+        codec_steps=150,
+        judge_steps=0,
+        pretrain_steps=250,
+        look_steps=150,
+        finetune_steps=300,
+        pretrain_documents=24,
+        finetune_questions=32,
+        shares={"see": 1.0, "hear": 1.0},
         evaluated=60,
     ),
     "smol": replace(SMOL, judge_steps=0, finetune_steps=60, finetune_questions=16, evaluated=20),

@@ -223,9 +223,9 @@ def _judges(
     recipe: Recipe, model: MultimodalModel, banks: dict[str, SpeechBank], images: digits.Digits
 ) -> Judges:
     judges = Judges()
-    if model.image_codec is not None:
+    if model.image_codec is not None and "draw" in recipe.shares:
         judges.digit = DigitJudge(images)
-    if model.audio_codec is not None:
+    if model.audio_codec is not None and "say" in recipe.shares:
         judges.speech = SpeechJudge(banks, steps=recipe.judge_steps)
     return judges
 

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mmkernels.models.batch import Batch
 from mmkernels.models.chat_format import Document
@@ -94,8 +96,7 @@ class World:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            # Checkpoints are written beside the training, through the processors.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            _join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         self.rank = dist.get_rank()
         names = ("dp", "sp", "tp")
         mesh = init_device_mesh(device, (plan.dp, plan.sp, plan.tp), mesh_dim_names=names)
@@ -217,6 +218,18 @@ class World:
         """Leaves the others."""
         if self.plan.size > 1:
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meets the processes of the same start of torchrun.
+
+    Its store outlives a start, and with it the addresses of processes that have died.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend, store=PrefixStore(f"start {start}", store), rank=rank, world_size=size
+    )
 
 
 def peer_lost(error: RuntimeError) -> bool:

@@ -29,7 +29,7 @@ SHAPES = [
 def sizes(shards=(3, 5), heads=3, kv_heads=1, **other) -> Sizes:
     return Sizes(**{
         "batch": 2, "shards": shards, "heads": heads, "kv_heads": kv_heads, "head_dim": 4,
-        "value_dim": 6, "itemsize": 2, **other,
+        "value_dim": 6, "itemsize": 2, "lse": True, **other,
     })  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`python -m mmkernels train --quick` of the small model, for a process of its own.
 
-After as many steps as the variable MMKERNELS_TEST_WAIT_AT says it waits for a signal.
+After as many steps as the variable MMKERNELS_TEST_WAIT_AT says it waits for a signal. Where
+MMKERNELS_TEST_KILL is "rank step", that process ends at that step as if the power had gone, once.
 """
 
 import os
@@ -20,11 +21,15 @@ RECIPE = replace(small.RECIPE, pretrain_steps=3, look_steps=2, finetune_steps=4)
 
 
 def main() -> int:
-    wait_at = int(os.environ["MMKERNELS_TEST_WAIT_AT"])
+    wait_at = int(os.environ.get("MMKERNELS_TEST_WAIT_AT", 0))
+    killed = [int(word) for word in os.environ.get("MMKERNELS_TEST_KILL", "").split()]
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     logged = loop._Progress.add
 
     def add(self: loop._Progress, line: dict) -> None:
         logged(self, line)
+        if first and killed == [int(os.environ.get("RANK", 0)), line["step"]]:
+            os.kill(os.getpid(), signal.SIGKILL)
         if line["step"] == wait_at:
             interrupts = signal.getsignal(signal.SIGTERM).__self__
             deadline = time.monotonic() + 120
