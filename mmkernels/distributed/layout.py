@@ -143,7 +143,11 @@ class Layout:
         return x.index_select(dim, self.positions(rank, x.device))
 
     def unshard(self, parts: Sequence[Tensor], dim: int = 1) -> Tensor:
-        """The tensor over the whole sequence whose parts those of all ranks are, in their order.
+        """The tensor over the whole sequence, from the parts of all ranks.
+
+        Args:
+            parts: of each rank in its order.
+            dim: the sequence's dimension.
 
         Raises:
             ValueError: the parts are of other lengths.
