@@ -196,7 +196,7 @@ def spread_sdpa(
             f"{where}: query has shape {tuple(query.shape)}; within context_parallel it must be "
             "(B, H, S, D)"
         )
-    checks.check_sdpa(where, query, key, value, None, is_causal, enable_gqa)
+    query, key, value, _ = checks.check_sdpa(where, query, key, value, None, is_causal, enable_gqa)
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = spread.active.attention(

@@ -90,6 +90,15 @@ class IntervalMask:
         """Where the bounds lie."""
         return self.start.device
 
+    def identity(self) -> tuple[int, int, tuple[int, int]] | None:
+        """What stays the same as long as the bounds do; None for inference tensors, which change.
+
+        A finding that is kept with it must also keep the bounds, lest others get their ids.
+        """
+        if self.start.is_inference():
+            return None
+        return id(self.start), id(self.end), self.versions()
+
     def versions(self) -> tuple[int, int]:
         """Counts of in-place changes of start and end; (0, 0) for inference tensors."""
         start, end = self.start, self.end
@@ -227,9 +236,11 @@ class IntervalMask:
         # A graph makes its own at every replay, from the bounds of that time.
         if torch.compiler.is_compiling() or captured(self.device):
             return self._transposed(seqlen_k)
-        made_from = (seqlen_k, self.versions())
-        if self._key_rows is None or self._key_rows[0] != made_from:
-            self._key_rows = (made_from, self._transposed(seqlen_k))
+        made_from = (seqlen_k, self.identity(), self.start, self.end)
+        kept = self._key_rows
+        if kept is not None and kept[0][:2] == made_from[:2] and made_from[1] is not None:
+            return kept[1]
+        self._key_rows = (made_from, self._transposed(seqlen_k))
         return self._key_rows[1]
 
     def _transposed(self, seqlen_k: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ rows of q, k and v and the mask of the whole sequence.
 
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))
     layout = Layout.zigzag(seqlen, mesh.size())
-    q, k, v = (layout.shard(x, mesh.get_rank()) for x in (q, k, v))  # (B, S_r, H, D)
+    q, k, v = (layout.shard(x, mesh.get_local_rank()) for x in (q, k, v))  # (B, S_r, H, D)
     out = ring_attention(q, k, v, mesh, layout, causal=True)  # (B, S_r, H, D)
 """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import mmkernels as mm
-from mmkernels._core import registry
+from mmkernels._core import dtensors, registry
 from mmkernels.attention import checks
 from mmkernels.attention.interval import IntervalMask
 from mmkernels.distributed import all_to_all, ring
@@ -36,7 +36,7 @@ def ring_attention(
     """`mmkernels.attention` over a whole sequence, from each process's part of it.
 
     Keys and values travel round a ring while attention runs. Every process of the mesh has to call
-    it, in the same order, and to go through its backward.
+    it, in the same order, with gradients wanted on all or on none, and to go through its backward.
 
     Args:
         q: (B, S_r, Hq, D), this process's rows, in the layout's order.
@@ -63,6 +63,8 @@ def ring_attention(
         ValueError, TypeError: as for `mmkernels.attention`; q, k or v of another length than the
             layout's, a mesh of another size, or a mask that is no interval mask.
         BackendUnavailable: `backend` was named and cannot serve the call.
+
+    A second derivative needs `all_to_all_attention` with backend="reference".
 
     Numerics: parts are merged, and gradients of keys summed, in float32 (float64 for float64).
     Bytes sent are those of `volume.ring_forward` and `volume.ring_backward`.
@@ -146,6 +148,8 @@ def all_to_all_attention(
         )
     if sinks is not None:
         sinks = checks.check_per_head(where, "sinks", sinks, q, batched=False)
+    softmax_scale = q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale
+    softmax_scale, softcap, _ = checks.check_numbers(where, softmax_scale, softcap, 0.0)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         out, lse = mm.attention(
@@ -179,14 +183,23 @@ def _check(
             "Layout.zigzag(seqlen, mesh.size())"
         )
     check_mesh(where, mesh, layout.ranks)
+    if dtensors.is_dtensor(q):
+        raise TypeError(
+            f"{where}: q, k and v are DTensors; give this process's part as plain tensors, e.g. by "
+            "ColwiseParallel(use_local_output=True)"
+        )
+    # On all processes alike, else those that see nothing wrong would wait for the others.
+    if k.shape[1] != q.shape[1]:
+        raise ValueError(
+            f"{where}: q has {q.shape[1]} rows and k {k.shape[1]}; a spread sequence attends to "
+            "itself. Leave cross attention out of it"
+        )
     rank = dist.get_rank(mesh.get_group())
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[1] != layout.lengths[rank]:
-            raise ValueError(
-                f"{where}: {name} has {x.shape[1]} rows, and the layout gives rank {rank} "
-                f"{layout.lengths[rank]} of {layout.seqlen} positions; use layout.shard({name}, "
-                f"{rank})"
-            )
+    if q.shape[1] != layout.lengths[rank]:
+        raise ValueError(
+            f"{where}: q has {q.shape[1]} rows, and the layout gives rank {rank} "
+            f"{layout.lengths[rank]} of {layout.seqlen} positions; use layout.shard(q, {rank})"
+        )
     if isinstance(mask, IntervalMask) and mask.shape[1] != layout.seqlen:
         raise ValueError(
             f"{where}: mask has shape {tuple(mask.shape)}; it must be over the whole sequence of "
@@ -205,8 +218,7 @@ def _check(
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse with a logit a head that takes part in the softmax and has no value."""
     no_key = lse == -torch.inf
-    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    # Where there is neither key nor sink: exp(-inf - 0) is the 0 it needs.
-    pivot = total.masked_fill(total == -torch.inf, 0.0)
-    share = (lse - pivot).exp().transpose(1, 2)[..., None]
+    # Rows without a key are 0 as they are; of -inf beside -inf there is no gradient.
+    total = torch.logaddexp(lse.masked_fill(no_key, 0.0), sinks.to(lse.dtype)[:, None])
+    share = (lse.masked_fill(no_key, 0.0) - total).exp().transpose(1, 2)[..., None]
     return (out.to(lse.dtype) * share).to(out.dtype), total.masked_fill(no_key, -torch.inf)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.attention.interval import IntervalMask
+from mmkernels.attention.masks import is_int
 
 
 class Layout:
@@ -56,6 +57,7 @@ class Layout:
                 f"Layout: positions must hold each of 0 .. {self.seqlen - 1} once; some are "
                 "missing or there twice"
             )
+        self._in_order = torch.equal(self._places, torch.arange(self.seqlen))
         self._on_device: dict[tuple, Tensor] = {}
 
     @classmethod
@@ -79,7 +81,7 @@ class Layout:
 
         Source: Zhu, "ring-flash-attention", 2024; Llama Team, "The Llama 3 Herd of Models", 2024.
         """
-        _check_ranks(ranks)
+        _check_count("ranks", ranks)
         chunks = _chunks(seqlen, 2 * ranks)
         return cls([torch.cat((chunks[r], chunks[2 * ranks - 1 - r])) for r in range(ranks)])
 
@@ -97,9 +99,15 @@ class Layout:
 
         Source: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, for the greedy rule.
         """
-        _check_ranks(ranks)
+        _check_count("ranks", ranks)
         if not isinstance(mask, IntervalMask):
             raise TypeError(f"Layout.balanced: mask is {type(mask).__name__}, not an IntervalMask")
+        if mask.seqlen_k not in (None, mask.shape[1]):
+            raise ValueError(
+                f"Layout.balanced: mask has {mask.shape[1]} rows over {mask.seqlen_k} keys; it "
+                "must be over the rows' own sequence"
+            )
+        _check_count("chunks_per_rank", chunks_per_rank)
         keys = (mask.end - mask.start).double().sum(0).cpu()
         chunks = _chunks(mask.shape[1], ranks * chunks_per_rank)
         costs = [float(keys[chunk].sum()) for chunk in chunks]
@@ -121,7 +129,16 @@ class Layout:
         return f"Layout(lengths={self.lengths})"
 
     def positions(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """The positions of a rank: (S_r,) int64, ascending, on a device."""
+        """The positions of a rank: (S_r,) int64, ascending, on a device.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        if not 0 <= rank < self.ranks:
+            raise ValueError(
+                f"Layout: rank is {rank}; it must lie in [0, {self.ranks}), e.g. "
+                "mesh.get_local_rank() of the mesh over which the sequence is spread"
+            )
         return self._moved(("positions", rank), self._positions[rank], device)
 
     def shard(self, x: Tensor, rank: int, dim: int = 1) -> Tensor:
@@ -129,11 +146,11 @@ class Layout:
 
         Args:
             x: seqlen long in `dim`.
-            rank: whose part.
+            rank: whose part, e.g. mesh.get_local_rank().
             dim: the sequence's dimension.
 
         Raises:
-            ValueError: x is of another length.
+            ValueError: x is of another length, or there is no such rank.
         """
         if x.shape[dim] != self.seqlen:
             raise ValueError(
@@ -156,14 +173,9 @@ class Layout:
         if lengths != self.lengths:
             raise ValueError(f"unshard: the parts have lengths {lengths}, not {self.lengths}")
         x = torch.cat(list(parts), dim)
-        if self.in_order:
+        if self._in_order:
             return x
         return x.index_select(dim, self._moved(("places",), self._places, x.device))
-
-    @property
-    def in_order(self) -> bool:
-        """Whether the ranks' positions, one rank after the other, are the sequence itself."""
-        return torch.equal(self._places, torch.arange(self.seqlen))
 
     def mask_between(self, mask: IntervalMask, rank: int, other: int) -> IntervalMask:
         """What a rank's rows see of the keys that another one holds.
@@ -210,17 +222,17 @@ class Layout:
 
 def _chunks(seqlen: int, count: int) -> list[Tensor]:
     """`count` runs of positions, as even as can be."""
-    if seqlen < 0:
-        raise ValueError(f"Layout: seqlen is {seqlen}; it must be >= 0")
+    if not is_int(seqlen) or seqlen < 0:
+        raise ValueError(f"Layout: seqlen is {seqlen!r}; it must be an int >= 0")
     edges = [seqlen * i // count for i in range(count + 1)]
     return [torch.arange(a, b) for a, b in pairwise(edges)]
 
 
-def _check_ranks(ranks: int) -> None:
-    if not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"Layout: ranks is {ranks!r}; it must be an int >= 1, e.g. mesh.size()")
+def _check_count(name: str, count: int) -> None:
+    if not is_int(count) or count < 1:
+        raise ValueError(f"Layout: {name} is {count!r}; it must be an int >= 1")
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:
-    if any(not isinstance(n, int) or n < 0 for n in lengths):
+    if any(not is_int(n) or n < 0 for n in lengths):
         raise ValueError(f"Layout: lengths is {lengths!r}; it must hold an int >= 0 for each rank")

@@ -22,10 +22,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmkernels._core import ops
+from mmkernels._core.first_order import first_order
 from mmkernels._core.ops import lse_dtype
 from mmkernels.attention.interval import IntervalMask
 from mmkernels.distributed.layout import Layout
 from mmkernels.distributed.transfer import finish, pass_on
+
+# Whose keys are here in each step, and what this process's rows see of them.
+Steps = list[tuple[int, IntervalMask | None]]
 
 
 class Ring(NamedTuple):
@@ -49,8 +53,8 @@ class Ring(NamedTuple):
     deterministic: bool
     backend: str
 
-    def steps(self) -> list[tuple[int, IntervalMask | None]]:
-        """Whose keys are here in each step, and what this process's rows see of them."""
+    def steps(self) -> Steps:
+        """Of this process."""
         rank, ranks = dist.get_rank(self.group), self.layout.ranks
         owners = [(rank - step) % ranks for step in range(ranks)]
         if self.mask is None:
@@ -59,13 +63,15 @@ class Ring(NamedTuple):
 
 
 def pieces(mask: IntervalMask, layout: Layout, rank: int) -> list[IntervalMask]:
-    """The mask of each step, made once for all layers and both passes; kept on the mask."""
-    made_from = (layout, rank, mask.versions())
-    if mask._pieces is None or mask._pieces[0] != made_from:
-        owners = [(rank - step) % layout.ranks for step in range(layout.ranks)]
-        made = [layout.mask_between(mask, rank, owner) for owner in owners]
-        mask._pieces = (made_from, made)
-    return mask._pieces[1]
+    """The mask of each step; kept on the mask, for the layers that use the same one."""
+    made_from = (layout, rank, mask.identity(), mask.start, mask.end)
+    kept = mask._pieces
+    if kept is not None and kept[0][:3] == made_from[:3] and made_from[2] is not None:
+        return kept[1]
+    owners = [(rank - step) % layout.ranks for step in range(layout.ranks)]
+    made = [layout.mask_between(mask, rank, owner) for owner in owners]
+    mask._pieces = (made_from, made)
+    return made
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
@@ -76,25 +82,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, ring)
+        ctx.steps = ring.steps()
+        out, lse = _forward(q, k, v, ring, ctx.steps)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
+        # The first is none that attention of one process saves: checkpointing, which compares
+        # shapes, then tells that it ran without the other processes when it ran again.
+        ctx.save_for_backward(q.new_empty(0, ring.layout.ranks), q, k, v, out, lse)
         ctx.ring = ring
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        q, k, v, out, lse = ctx.saved_tensors
+        _, q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        return *_backward(dout, dlse, q, k, v, out, lse, ctx.ring), None
+        # Gradients of the gradients are wanted (create_graph=True) only if grad mode is on here.
+        run = _FirstOrder.apply if torch.is_grad_enabled() else _backward
+        return *run(dout, dlse, q, k, v, out, lse, ctx.ring, ctx.steps), None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, ring: Ring, steps: Steps) -> tuple[Tensor, Tensor]:
     keys = _Keys(k, v)
     here = keys.pack(k, v)
     out = lse = None
-    steps = ring.steps()
     for index, (owner, mask) in enumerate(steps):
         coming = None
         if index + 1 < len(steps):
@@ -117,26 +126,25 @@ def _merged(
     out: Tensor | None, lse: Tensor | None, part: Tensor, part_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys, out in lse's dtype."""
-    part = part.to(part_lse.dtype)
     if out is None or lse is None:
-        return part, part_lse
+        return part.to(part_lse.dtype), part_lse
     total = torch.logaddexp(lse, part_lse)
     # A row that has seen no key yet: exp(-inf - 0) is the 0 it needs.
     pivot = total.masked_fill(total == -torch.inf, 0.0)
     old, new = ((x - pivot).exp().transpose(1, 2)[..., None] for x in (lse, part_lse))
-    return out * old + part * new, total
+    return out.mul_(old).addcmul_(part.to(out.dtype), new), total
 
 
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    ring: Ring,
+    ring: Ring, steps: Steps,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     keys = _Keys(k, v)
     here = keys.pack(k, v)
     # Many processes add to one key, so 16-bit gradients are summed in float32.
     dq = q.new_zeros(q.shape, dtype=lse_dtype(q.dtype))
     dkeys: Tensor | None = None  # of the keys that are here, from the processes before
-    lengths, steps = ring.layout.lengths, ring.steps()
+    lengths = ring.layout.lengths
     for index, (owner, mask) in enumerate(steps):
         coming = None
         if index + 1 < len(steps):
@@ -153,7 +161,9 @@ def _backward(
         )  # fmt: skip
         dq += part_dq
         added = keys.pack(part_dk.to(dq.dtype), part_dv.to(dq.dtype))
+        del part_k, part_v, part_dq, part_dk, part_dv  # before the next step makes its own
         dkeys = added if dkeys is None else finish(dkeys).add_(added)
+        del added
         # On to the next process, and after the last step home: the owner is the next one then.
         if len(steps) > 1:
             following = steps[(index + 1) % len(steps)][0]
@@ -163,6 +173,9 @@ def _backward(
     assert dkeys is not None
     dk, dv = keys.unpack(finish(dkeys), k.shape[1])
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+_FirstOrder = first_order("ring_attention", _backward)
 
 
 class _Keys:

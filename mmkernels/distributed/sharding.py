@@ -38,7 +38,7 @@ ROWS: Axes = {"heads": 2, "batch": 0}  # q, k, v, out
 LSE: Axes = {"heads": 1, "batch": 0}
 
 
-class Layout(NamedTuple):
+class Division(NamedTuple):
     """How a call is divided.
 
     Attributes:
@@ -81,22 +81,22 @@ def run_attention(call: attention_call.Call) -> tuple[Tensor, Tensor]:
     """
     q, k, v, _, _, bias, alibi_slopes, sinks, seed, *numbers = call.inputs
     sizes = {"heads": k.shape[2], "batch": k.shape[0]}
-    layout = _layout([(x, ROWS) for x in (q, k, v)], sizes)
+    division = _division([(x, ROWS) for x in (q, k, v)], sizes)
     mask = call.mask
-    if mask is not None and mask.shape[0] > 1 and "batch" in layout.splits:
-        start, end = (layout.local(bound, {"batch": 0}) for bound in (mask.start, mask.end))
+    if mask is not None and mask.shape[0] > 1 and "batch" in division.splits:
+        start, end = (division.local(bound, {"batch": 0}) for bound in (mask.start, mask.end))
         mask = IntervalMask._of(start, end, mask.seqlen_k)
     inputs = (
-        *(layout.local(x, ROWS) for x in (q, k, v)),
+        *(division.local(x, ROWS) for x in (q, k, v)),
         *((None, None) if mask is None else (mask.start, mask.end)),
-        _optional(layout, bias, LSE),
-        _optional(layout, alibi_slopes, LSE if _ndim(alibi_slopes) == 2 else {"heads": 0}),
-        _optional(layout, sinks, {"heads": 0}),
-        None if seed is None else _common_seed(layout, seed, dropout_p=numbers[2]),
+        _optional(division, bias, LSE),
+        _optional(division, alibi_slopes, LSE if _ndim(alibi_slopes) == 2 else {"heads": 0}),
+        _optional(division, sinks, {"heads": 0}),
+        None if seed is None else _common_seed(division, seed, dropout_p=numbers[2]),
         *numbers,
     )
     out, lse = attention_call.run(call._replace(inputs=inputs, mask=mask))
-    return layout.spread(out, ROWS), layout.spread(lse, LSE)
+    return division.spread(out, ROWS), division.spread(lse, LSE)
 
 
 def run_patch_embed(call: PatchCall, run: Callable[[PatchCall], Tensor]) -> DTensor:
@@ -109,28 +109,28 @@ def run_patch_embed(call: PatchCall, run: Callable[[PatchCall], Tensor]) -> DTen
     weight = call.weight
     batch = call.pixels[0].shape[0] if len(call.pixels) == 1 else 1
     tensors = [(weight, {"columns": 0}), *((x, {"batch": 0}) for x in call.pixels)]
-    layout = _layout(tensors, {"batch": batch, "columns": weight.shape[0]})
+    division = _division(tensors, {"batch": batch, "columns": weight.shape[0]})
     each = {"batch": 0}
     shared: Axes = {}
     own_positions = call.pos_per_sample and call.pos_index is None
     local = call._replace(
-        pixels=[layout.local(x, each) for x in call.pixels],
-        weight=layout.local(weight, {"columns": 0}),
-        bias=_optional(layout, call.bias, {"columns": 0}),
+        pixels=[division.local(x, each) for x in call.pixels],
+        weight=division.local(weight, {"columns": 0}),
+        bias=_optional(division, call.bias, {"columns": 0}),
         pos_embed=_optional(
-            layout, call.pos_embed, {"columns": 1} | (each if own_positions else {})
+            division, call.pos_embed, {"columns": 1} | (each if own_positions else {})
         ),
-        pos_index=_optional(layout, call.pos_index, each if call.pos_per_sample else shared),
-        prefix=_optional(layout, call.prefix, {"columns": 2} | each),
-        token_mask=_optional(layout, call.token_mask, each if call.mask_per_sample else shared),
-        mask_token=_optional(layout, call.mask_token, {"columns": 0}),
+        pos_index=_optional(division, call.pos_index, each if call.pos_per_sample else shared),
+        prefix=_optional(division, call.prefix, {"columns": 2} | each),
+        token_mask=_optional(division, call.token_mask, each if call.mask_per_sample else shared),
+        mask_token=_optional(division, call.mask_token, {"columns": 0}),
     )
     out = run(local)
-    return layout.spread(out, {"columns": out.ndim - 1} | each)
+    return division.spread(out, {"columns": out.ndim - 1} | each)
 
 
-def _layout(tensors: Sequence[tuple[Tensor, Axes]], sizes: dict[str, int]) -> Layout:
-    """The layout that moves least, of DTensors with the axes of each.
+def _division(tensors: Sequence[tuple[Tensor, Axes]], sizes: dict[str, int]) -> Division:
+    """The division that moves least, of DTensors with the axes of each.
 
     Args:
         tensors: all on one mesh.
@@ -150,24 +150,26 @@ def _layout(tensors: Sequence[tuple[Tensor, Axes]], sizes: dict[str, int]) -> La
             chosen = min(even, key=lambda split: split not in found)
             left[chosen] //= parts
         splits.append(chosen)
-    return Layout(mesh, tuple(splits))
+    return Division(mesh, tuple(splits))
 
 
-def _optional(layout: Layout, x: Tensor | None, axes: Axes) -> Tensor | None:
-    """Like `Layout.local`, of an x that may be absent, or 1 in a dimension that it broadcasts."""
+def _optional(division: Division, x: Tensor | None, axes: Axes) -> Tensor | None:
+    """Like `Division.local`, of an x that may be absent, or 1 in a dimension that it broadcasts."""
     if x is None:
         return None
-    return layout.local(x, {split: dim for split, dim in axes.items() if x.shape[dim] > 1})
+    return division.local(x, {split: dim for split, dim in axes.items() if x.shape[dim] > 1})
 
 
 def _ndim(x: Tensor | None) -> int:
     return 0 if x is None else x.ndim
 
 
-def _common_seed(layout: Layout, seed: Tensor, dropout_p: float) -> Tensor:
+def _common_seed(division: Division, seed: Tensor, dropout_p: float) -> Tensor:
     """The seed that the first process drew."""
-    mesh = layout.mesh
-    divided = {split for split, n in zip(layout.splits, mesh.shape, strict=True) if split and n > 1}
+    mesh = division.mesh
+    divided = {
+        split for split, n in zip(division.splits, mesh.shape, strict=True) if split and n > 1
+    }
     if divided:
         raise ValueError(
             f"attention: dropout_p is {dropout_p} and q, k and v are DTensors, divided by "

@@ -26,6 +26,11 @@ def check_mesh(where: str, mesh: DeviceMesh, ranks: int) -> None:
             f"{where}: mesh has {mesh.ndim} dimensions {mesh.mesh_dim_names or ''}; pick the one "
             'over which the sequence is sharded, e.g. mesh["sp"]'
         )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{where}: this process is not in mesh {mesh.mesh.tolist()}; only those that are may "
+            "call it"
+        )
     if mesh.size() != ranks:
         raise ValueError(
             f"{where}: mesh has {mesh.size()} processes and layout {ranks} ranks; make the layout "
@@ -83,4 +88,4 @@ class Exchange(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradients go back to where the elements came from."""
         receive, send, group = ctx.sizes
-        return finish(start_exchange(dout.contiguous(), send, receive, group)), None, None, None
+        return Exchange.apply(dout.contiguous(), send, receive, group), None, None, None

@@ -71,6 +71,11 @@ def interval_mask(
         keys of some row are not contiguous.
     """
     if spread.active is not None:  # the mask is over the whole sequence then
+        if attention_mask is None:
+            raise ValueError(
+                "attention_mask is None within context_parallel, where positions that jump would "
+                "be taken for packed sequences; give the whole sequence's, e.g. torch.ones(B, S)"
+            )
         q_length = kv_length = spread.active.seqlen
         q_offset = kv_offset = 0
         if cache_position is not None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels._core import spread
 from mmkernels._core.values import readable
 from mmkernels.attention.api import attention
 from mmkernels.attention.masks import top_left
@@ -143,6 +144,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
+            spread.refuse("MultiheadAttention", "ask for no weights: need_weights=False")
             shown, bias = _merge_masks(self, **masks)
             out, weights = _attend_with_weights(q, k, v, shown, bias, dropout_p)
             weights = weights.mean(1) if average_attn_weights else weights

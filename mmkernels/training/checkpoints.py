@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -109,14 +110,16 @@ def save_parts(
     tensors = {"model": model.own_weights(), "optimizer": optimizer}
     written = async_save(tensors, checkpoint_id=aside, process_group=world.files)
     assert isinstance(written, Future)
-    if world.rank != 0:
-        return written
     about = _about(model, state)
 
     def put_in_place() -> None:
-        written.result()
-        files.adopt_folder(folder, about)
-        _remove_old(run, folder)
+        try:
+            written.result()
+        except CheckpointException as error:  # no Exception, for whatever reason
+            raise OSError(f"{folder} could not be written: {error}") from error
+        if world.rank == 0:
+            files.adopt_folder(folder, about)
+            _remove_old(run, folder)
 
     thread = ThreadPoolExecutor(1)
     done = thread.submit(put_in_place)

@@ -100,7 +100,11 @@ def train(
         trainer.run()
     finally:
         torch.set_deterministic_debug_mode(mode)
-    weights = {name: whole(x) for name, x in model.own_weights().items()}
+    weights = {}
+    for name, x in model.own_weights().items():
+        gathered = whole(x)
+        if world.rank == 0:
+            weights[name] = gathered.cpu()
     world.first(lambda: model.save_pretrained(out / "model", torch.bfloat16, weights))
     return MultimodalModel.from_pretrained(out / "model").to(device), banks
 

@@ -82,6 +82,7 @@ class World:
     def __init__(self, plan: Plan = Plan(), device: str = "cpu") -> None:
         self.plan, self.rank, self.device = plan, 0, torch.device(device)
         self._forward: nn.Module | None = None
+        self._spreads: dict[int, AbstractContextManager] = {}  # by the length of a row
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started != plan.size:
             raise ValueError(
@@ -108,14 +109,14 @@ class World:
         self.files: Any = dist.new_group(backend="gloo")  # of the threads that write checkpoints
 
     def first(self, act: Callable[[], T]) -> T:
-        """What act() returns on rank 0, which alone runs it; or its ValueError, on all."""
+        """What act() returns on rank 0, which alone runs it; or its error, on all."""
         if self.plan.size == 1:
             return act()
         result: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 result = [act(), None]
-            except ValueError as error:
+            except Exception as error:
                 result = [None, error]
         dist.broadcast_object_list(result, group=self.files)
         if result[1] is not None:
@@ -170,7 +171,10 @@ class World:
             return nullcontext()
         from mmkernels.distributed import context_parallel
 
-        return context_parallel(model.decoder, self._sp_mesh, _layout(seqlen, self.plan.sp))
+        if seqlen not in self._spreads:
+            layout = _layout(seqlen, self.plan.sp)
+            self._spreads[seqlen] = context_parallel(model.decoder, self._sp_mesh, layout)
+        return self._spreads[seqlen]
 
     def loss(self, batch: Batch, learned: int) -> Tensor:
         """This process's share of the loss, so large that its gradients' mean is the whole's."""
@@ -211,7 +215,8 @@ class World:
             raise RuntimeError(f"the norm of the gradient is {float(norm)}; it is not finite")
         scale = min(most / (float(norm) + 1e-6), 1.0)
         for grads in by_mesh.values():
-            torch._foreach_mul_(grads, scale)
+            for grad in grads:
+                grad.mul_(scale)
         return norm
 
     def close(self) -> None:
@@ -234,7 +239,10 @@ def _join(backend: str) -> None:
 
 def peer_lost(error: RuntimeError) -> bool:
     """Whether a transfer failed for the other side is gone; the backends say so in words alone."""
-    words = ("closed by peer", "reset by peer", "Broken pipe", "timed out", "Timed out", "NCCL")
+    words = (
+        "closed by peer", "reset by peer", "Broken pipe", "timed out", "Timed out",
+        "ncclRemoteError", "ncclSystemError",
+    )  # fmt: skip
     return dist.is_initialized() and any(word in str(error) for word in words)
 
 
