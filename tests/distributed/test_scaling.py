@@ -74,7 +74,7 @@ def test_a_ring_that_hides_its_transfers_by_hand():
 def test_an_exchange_by_hand(sp, near):
     """Four query heads and a kv head to each of 8 ranks, or one of each to each of 32."""
     heads, rows = 32 // sp, 2**20 // sp
-    to_each = rows * (heads * 128 + 256) * 2 + rows * heads * (128 * 2 + 4)
+    to_each = rows * (heads * 128 + 256) * 2 + rows * heads * 128 * 2
     links = max((near - 1) * to_each / 450e9, (sp - near) * to_each / 50e9)
     kernels = 2**20 * (2**20 + 1) // 2 * 4 * 128 * heads / RATE
     seconds = attention.seconds(Plan("all_to_all", 1, sp, 1), backward=False)
@@ -110,7 +110,7 @@ def test_memory_by_hand():
     memory = Prediction(Plan("ring", 1, 8, 1)).memory
     assert memory["states"] == 16 * a.PARAMETERS / 8
     assert memory["checkpoints"] == 32 * 2**17 * 4096 * 2
-    assert memory["buffers"] == 2 * 2**17 * 2048 * (2 + 4)
+    assert memory["buffers"] == 2**17 * (3 * 2048 + 4096) * (2 + 4)
     assert memory["logits"] == 2 * 4096 * 128_256 * 4
     # q, k, v and out of all positions with 4 query heads and 1 kv head, and their gradients.
     exchanged = Prediction(Plan("all_to_all", 1, 8, 1)).memory["buffers"]

@@ -51,8 +51,10 @@ class Prediction:
         # Input, two norms, two results; q, out, k, v; gate, up, their product.
         layer = 5 * a.WIDTH + 2 * heads + sizes.kv_elements + 3 * a.FFN // plan.tp
         if plan.form == "ring":
-            # k, v, dk and dv, both what is computed with and what arrives.
-            moving = 2 * plan.rows * sizes.kv_elements * (a.ITEM + a.SUM)
+            # k and v that are here and that arrive, and this step's dk and dv; their sums as they
+            # come, with this step's, and on their way. Of q, this step's dq and the sum.
+            keys = 3 * sizes.kv_elements * (a.ITEM + a.SUM)
+            moving = plan.rows * (keys + heads * (a.ITEM + a.SUM))
         else:
             shares = head_split(sizes.heads, sizes.kv_heads, plan.sp)
             of_share = max(2 * share.heads + 2 * len(share.kv_heads) for share in shares)
