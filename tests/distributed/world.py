@@ -90,7 +90,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     if device_type(size) == "cuda":
         torch.cuda.set_device(rank)
-    backend = "nccl" if device_type(size) == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device_type(size) == "cuda" else "gloo"
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=size,
         timeout=timedelta(seconds=TIMEOUT),
