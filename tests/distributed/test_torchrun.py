@@ -64,10 +64,3 @@ def test_torchrun_starts_it_again(straight, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
         straight / "model" / "model.safetensors"
     ).read_bytes()
-
-
-def test_another_number_of_processes_is_refused(tmp_path):
-    done = torchrun(tmp_path, "--dp", "2", "--sp", "2")
-    assert done.returncode != 0
-    assert "--dp 2 --sp 2 --tp 1 needs 4 processes, and there are 2" in done.stderr
-    assert "--nproc-per-node 4" in done.stderr

@@ -23,7 +23,6 @@ from tests.training import small
 PLANS = {
     "FSDP": Plan(dp=2),
     "DDP": Plan(dp=2, ddp=True),
-    "sequence": Plan(sp=2),
     "sequence, DDP": Plan(sp=2, ddp=True),
     "tensor": Plan(tp=2),
     "FSDP, sequence": Plan(dp=2, sp=2),
@@ -107,7 +106,6 @@ def test_it_learns_the_same(plan, tmp_path, alone):
         (Plan(dp=2, sp=2), Plan()),
         (Plan(), Plan(dp=2)),
         (Plan(sp=2, tp=2), Plan(dp=2, ddp=True)),
-        (Plan(dp=2, ddp=True), Plan(tp=2)),
     ],
     ids=str,
 )
