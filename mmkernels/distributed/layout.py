@@ -199,7 +199,7 @@ class Layout:
         )
 
     def visible_pairs(self, mask: IntervalMask) -> Tensor:
-        """(ranks, ranks) int64: (row, key) pairs of `mask` that each rank has with each one's keys."""
+        """(ranks, ranks) int64: (row, key) pairs of `mask` between the ranks, rows first."""
         return torch.tensor(
             [
                 [
