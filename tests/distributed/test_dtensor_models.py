@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 import mmkernels as mm
 from mmkernels import testing
 from tests.distributed import world
@@ -64,7 +66,6 @@ def compare(local_heads):
 
 @pytest.mark.parametrize("local_heads", [True, False], ids=["local", "DTensors"])
 def test_llama_in_two_processes(local_heads):
-    pytest.importorskip("transformers")
     for parallel, exact, alone in world.run(2, compare, local_heads):
         assert len(parallel) > 15
         for name, x in parallel.items():
