@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120.0  # seconds, for one function
+TIMEOUT = 300.0  # seconds, for one function
 
 _worlds: dict[int, "World"] = {}
 
