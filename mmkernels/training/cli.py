@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m mmkernels train", description=__doc__)
     parser.add_argument("--preset", choices=("tiny", "smol"), default="tiny", help="(tiny)")
-    parser.add_argument("--quick", action="store_true", help="try it in minutes, on two tasks")
+    parser.add_argument("--quick", action="store_true", help="a short run of two tasks, to try it")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(
